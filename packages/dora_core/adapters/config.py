@@ -1,0 +1,61 @@
+"""What to adapt and how: the one description that training, checkpoints and PEFT files share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["dora", "lora", "full", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """How a model is fine-tuned.
+
+    ``targets``, ``magnitude_targets`` and ``trainable`` hold patterns for module names. A list holds suffixes
+    (``q_proj`` matches ``model.layers.0.self_attn.q_proj``); a plain string is one regular expression that must
+    match the whole name. ``rank_pattern`` and ``alpha_pattern`` map a suffix or regular expression to another
+    rank or alpha, as in PEFT.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    kind: Kind = "dora"
+    """dora: magnitude and direction; lora: direction only; full: the targets' own weights; none: nothing."""
+    rank: int = 32
+    alpha: float = 64.0
+    """The low-rank update is scaled by alpha / rank, or alpha / sqrt(rank) with ``rslora``."""
+    rslora: bool = False
+    dropout: float = 0.0
+    dropout_mode: Literal["lowrank", "update"] = "lowrank"
+    """lowrank: drops the input of the low-rank path (one base product). update: drops the input of the whole
+    weight change, x W^T + drop(x) (gV - W)^T, as the paper's code does (a second base product)."""
+    norm_gradient: Literal["detached", "full"] = "detached"
+    """detached: the norm is a constant in the backward pass (eq. 11); full: it is differentiated (eq. 6)."""
+    targets: list[str] | str = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
+    magnitude_targets: list[str] | str = field(default_factory=list)
+    """Modules whose magnitude alone is trained (paper, Table 6); only with ``kind: dora``."""
+    trainable: list[str] | str = field(default_factory=list)
+    """Modules trained as they are beside the adapter, for example a projector or layer norms."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    seed: int = 0
+    """Seeds the adapters' initial A together with each module's name."""
+
+    def __post_init__(self) -> None:
+        def refuse(name: str, allowed: str, change: str) -> None:
+            raise ValueError(f"adapter.{name} is {getattr(self, name)!r}; it must be {allowed}. {change}")
+
+        if self.rank <= 0:
+            refuse("rank", "a positive integer", "Set for example adapter.rank: 32.")
+        for name, rank in self.rank_pattern.items():
+            if rank <= 0:
+                refuse("rank_pattern", "positive for every pattern", f"Change the rank of {name!r}.")
+        if self.alpha <= 0 or any(alpha <= 0 for alpha in self.alpha_pattern.values()):
+            refuse("alpha", "positive (alpha_pattern too)", "Set for example adapter.alpha: 64 (twice the rank).")
+        if not 0.0 <= self.dropout < 1.0:
+            refuse("dropout", "at least 0 and below 1", "Set adapter.dropout: 0.05 for the paper's value.")
+        if self.magnitude_targets and self.kind != "dora":
+            refuse("magnitude_targets", "empty unless adapter.kind is dora", "Remove them or set adapter.kind: dora.")
+        if self.kind in ("dora", "lora", "full") and not (self.targets or self.magnitude_targets or self.trainable):
+            refuse("targets", "non-empty", "Name the modules to adapt, for example [q_proj, v_proj].")

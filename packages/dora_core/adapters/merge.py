@@ -1,0 +1,101 @@
+"""Merge adapters into the weights and take them out again, with the error stated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dora_core.adapters.linear import LoRALinear
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge changed."""
+
+    num_layers: int
+    max_logit_difference: float | None
+    """Largest absolute difference of the model's output on the probe; None if there was no probe."""
+
+    def __str__(self) -> str:
+        difference = "not measured" if self.max_logit_difference is None else f"{self.max_logit_difference:.3g}"
+        return f"{self.num_layers} layers, maximum logit difference {difference}"
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Return the adapted layers by module name; an error if there is none."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    if not layers:
+        raise ValueError("The model has no adapted layers. Call apply_adapters or load_adapter first.")
+    return layers
+
+
+def default_probe(model: nn.Module) -> dict[str, Tensor] | None:
+    """Return a short input for a causal language model from its vocabulary size, or None for another model."""
+    vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if vocab_size is None:
+        return None
+    device = next(model.parameters()).device
+    return {"input_ids": (torch.arange(32, device=device) * 7919 % vocab_size)[None]}
+
+
+def merge_adapters(model: nn.Module, probe: Mapping[str, Any] | None = None) -> MergeReport:
+    """Write every layer's effective weight into its weight. ``unmerge_adapters`` restores the base bit for bit.
+
+    The base weights are kept on the CPU meanwhile. Layers are gathered one at a time under ZeRO-3, where every rank
+    must call it. ``probe`` holds keyword arguments of ``model``; causal language models need none.
+    """
+    return _change(model, probe, [layer.merge_ for layer in adapted_layers(model).values()])
+
+
+def unmerge_adapters(model: nn.Module, probe: Mapping[str, Any] | None = None) -> MergeReport:
+    """Put the base weights back exactly as they were; the report compares outputs before and after."""
+    return _change(model, probe, [layer.unmerge_ for layer in adapted_layers(model).values()])
+
+
+def merge_and_unload(model: nn.Module, probe: Mapping[str, Any] | None = None) -> MergeReport:
+    """Merge and replace every adapted layer by a plain ``nn.Linear``, so that no trace of the adapter is left."""
+    layers = adapted_layers(model)
+
+    def unload(name: str, layer: LoRALinear) -> None:
+        layer.merge_()
+        with torch.device("meta"):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        plain.weight, plain.bias = layer.weight, layer.bias
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain.train(layer.training))
+
+    return _change(model, probe, [lambda n=name, m=layer: unload(n, m) for name, layer in layers.items()])
+
+
+def _change(model: nn.Module, probe: Mapping[str, Any] | None, steps: list) -> MergeReport:
+    probe = default_probe(model) if probe is None else probe
+    before = _output(model, probe)
+    for step in steps:
+        step()
+    after = _output(model, probe)
+    difference = None if before is None else float((before.double() - after.double()).abs().max())
+    return MergeReport(len(steps), difference)
+
+
+@torch.no_grad()
+def _output(model: nn.Module, probe: Mapping[str, Any] | None) -> Tensor | None:
+    if probe is None:
+        return None
+    with _evaluating(model):
+        output = model(**probe)
+    return (output if torch.is_tensor(output) else output.logits).float()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,133 @@
+"""Tokenized rows to the tensors of one forward pass: padded, or packed one after the other.
+
+Legend of shapes: B rows or packs, S tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dora_core.config import require
+
+IGNORED = -100
+"""The label of a token that carries no loss."""
+
+Batch = dict[str, torch.Tensor]
+"""``input_ids`` and ``labels`` ``[B, S]`` int64, with ``attention_mask`` (padded) or ``position_ids`` (packed)."""
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One row: token ids, and for each token its id again or -100 for no loss (not yet shifted)."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    def __post_init__(self) -> None:
+        if not self.input_ids or len(self.input_ids) != len(self.labels):
+            raise ValueError(
+                f"A row has {len(self.input_ids)} tokens and {len(self.labels)} labels; it must have one label per "
+                "token and at least one token. Label tokens without loss with -100."
+            )
+
+
+def pad_rows(rows: Sequence[TokenRow], pad_id: int, side: str = "right", multiple_of: int = 8) -> Batch:
+    """Return ``input_ids``, ``attention_mask`` and ``labels`` ``[B, S]``; S is a multiple of ``multiple_of``.
+
+    The first token of a row has no label: nothing precedes it but, on the left, padding that must not learn it.
+    No rows give one row of padding without labels, so that every rank runs the same forward passes.
+    """
+    require(side in ("left", "right"), "side", side, "left or right")
+    rows = rows or [_padding_row(pad_id)]
+    width = _round_up(max(len(row.input_ids) for row in rows), multiple_of)
+    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    labels = torch.full_like(input_ids, IGNORED)
+    attention_mask = torch.zeros_like(input_ids)
+    for index, row in enumerate(rows):
+        length = len(row.input_ids)
+        start = width - length if side == "left" else 0
+        input_ids[index, start : start + length] = torch.tensor(row.input_ids)
+        labels[index, start + 1 : start + length] = torch.tensor(row.labels[1:], dtype=torch.long)
+        attention_mask[index, start : start + length] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def pack_rows(rows: Sequence[TokenRow], pad_id: int, pack_length: int) -> Batch:
+    """Return ``input_ids``, ``position_ids`` and ``labels`` ``[B, S]`` with several rows in each of the B packs.
+
+    S is the longest pack, rounded up to a multiple of 8 but never above ``pack_length``. ``position_ids`` restart at
+    0 with each row and with the padding at the end; the first token of a row has no label, so no row predicts the
+    next. There is no ``attention_mask``: transformers (5.17 or later) confines attention to rows by the restarts,
+    and only without a mask and with ``use_cache=False``. Its flash attention reads restarts in a batch of one
+    sequence only: give it ``flatten_packs`` of the batch.
+
+    No rows give one pack of padding without labels. Raises ``ValueError`` for a row longer than ``pack_length``.
+    """
+    for row in rows:
+        require(
+            len(row.input_ids) <= pack_length,
+            "A row's length",
+            len(row.input_ids),
+            f"at most pack_length ({pack_length})",
+            "Raise data.pack_length or lower data.cutoff_len.",
+        )
+    packs = _first_fit_decreasing(rows, pack_length) or [[_padding_row(pad_id)]]
+    width = _round_up(max(sum(len(row.input_ids) for row in pack) for pack in packs), 8)
+    width = min(width, pack_length) if rows else width
+    input_ids = torch.full((len(packs), width), pad_id, dtype=torch.long)
+    labels = torch.full_like(input_ids, IGNORED)
+    position_ids = torch.zeros_like(input_ids)
+    for index, pack in enumerate(packs):
+        start = 0
+        for row in pack:
+            stop = start + len(row.input_ids)
+            input_ids[index, start:stop] = torch.tensor(row.input_ids)
+            labels[index, start + 1 : stop] = torch.tensor(row.labels[1:], dtype=torch.long)
+            position_ids[index, start:stop] = torch.arange(stop - start)
+            start = stop
+        position_ids[index, start:] = torch.arange(width - start)
+    return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+
+
+def flatten_packs(batch: Batch) -> Batch:
+    """Return a batch of ``pack_rows`` as one sequence ``[1, B x S]``, as flash attention needs it.
+
+    Attention and loss stay the same: positions restart and labels are -100 where one pack follows another.
+    """
+    return {name: tensor.reshape(1, -1) for name, tensor in batch.items()}
+
+
+def num_targets(batch: Batch) -> int:
+    """Return how many labels carry loss after the model's shift by one token."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def num_tokens(batch: Batch, pad_id: int) -> int:
+    """Return how many tokens of a batch are not the padding token."""
+    return int((batch["input_ids"] != pad_id).sum())
+
+
+def _first_fit_decreasing(rows: Sequence[TokenRow], pack_length: int) -> list[list[TokenRow]]:
+    packs: list[list[TokenRow]] = []
+    free: list[int] = []
+    for row in sorted(rows, key=lambda row: -len(row.input_ids)):  # sorted() keeps the order of equal lengths
+        length = len(row.input_ids)
+        place = next((index for index, room in enumerate(free) if room >= length), None)
+        if place is None:
+            packs.append([])
+            free.append(pack_length)
+            place = len(packs) - 1
+        packs[place].append(row)
+        free[place] -= length
+    return packs
+
+
+def _padding_row(pad_id: int) -> TokenRow:
+    return TokenRow([pad_id] * 8, [IGNORED] * 8)
+
+
+def _round_up(value: int, multiple_of: int) -> int:
+    return -(-value // multiple_of) * multiple_of

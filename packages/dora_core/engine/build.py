@@ -1,0 +1,124 @@
+"""Make a DeepSpeed engine for a model whose trainable parameters are fp32 and whose frozen ones need not be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from dora_core.config import TrainSection
+from dora_core.engine.distributed import World, bound_collectives
+from dora_core.engine.optim import LossScale, lr_factor, make_optimizer, set_learning_rates
+from dora_core.engine.zero import Zero
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass
+class Engine:
+    """A model under DeepSpeed, with one loss denominator and a learning rate that follows from the step.
+
+    One optimizer step is ``begin_step``, ``accumulation`` times (forward, ``backward``), then ``end_step``.
+    """
+
+    deepspeed: deepspeed.DeepSpeedEngine
+    train: TrainSection
+    world: World
+    stage: int
+    accumulation: int
+    loss_scale: LossScale = field(default_factory=LossScale)
+    num_skipped_in_row: int = 0
+
+    @property
+    def module(self) -> nn.Module:
+        """The model."""
+        return self.deepspeed.module
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer, DeepSpeed's wrapper taken off."""
+        return getattr(self.deepspeed.optimizer, "optimizer", self.deepspeed.optimizer)
+
+    def __call__(self, **inputs: Tensor):
+        return self.deepspeed(**inputs)
+
+    def begin_step(self, step: int, num_steps: int) -> list[float]:
+        """Set and return the groups' learning rates for optimizer step ``step``."""
+        return set_learning_rates(self.deepspeed.optimizer, lr_factor(self.train, step, num_steps))
+
+    def backward(self, loss_sum: Tensor, denominator: float) -> None:
+        """Accumulate the gradient of ``loss_sum / denominator``, where the denominator counts all micro-batches and
+        ranks of the step. DeepSpeed averages over ranks, hence the factor."""
+        loss = loss_sum * (self.world.size / denominator)
+        if self.stage == 0:
+            loss = loss * self.loss_scale.value
+        elif self.train.precision == "fp16":
+            self.deepspeed.optimizer.override_loss_scale(self.loss_scale.value)
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()
+
+    def end_step(self) -> tuple[float, bool]:
+        """Clip, step and clear; return the gradient norm before clipping and whether the step was applied.
+
+        A gradient that is not finite is not applied, on all ranks alike.
+        """
+        norm = None
+        if self.stage == 0:
+            norm, applied = self._end_step_unsharded()
+        else:
+            self.deepspeed.step()
+            applied = self.deepspeed.was_step_applied()
+            norm = self.deepspeed.get_global_grad_norm()
+        if self.train.precision == "fp16":
+            self.loss_scale.update(not applied)
+        self.num_skipped_in_row = 0 if applied else self.num_skipped_in_row + 1
+        return float("nan") if norm is None else float(norm), applied
+
+    def _end_step_unsharded(self) -> tuple[Tensor, bool]:
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        for parameter in parameters:
+            parameter.grad.div_(self.loss_scale.value)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        applied = bool(torch.isfinite(norm))
+        if not applied:
+            for parameter in parameters:
+                parameter.grad = None
+        self.deepspeed.step()
+        return norm, applied
+
+
+def build_engine(model: nn.Module, groups: list[dict], train: TrainSection, zero: Zero, world: World) -> Engine:
+    """Return the engine. Every rank must call it; ``groups`` come from ``parameter_groups``.
+
+    Raises ``ValueError`` if nothing is trainable.
+    """
+    if not groups:
+        raise ValueError(
+            "No parameter is trainable. Set adapter.kind to dora, lora or full, or name adapter.trainable."
+        )
+    _narrow_forward(model, DTYPES[train.precision], world.device.type)
+    if zero.stage == 0:
+        model.to(world.device)
+    optimizer = make_optimizer(groups, train)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero.config, dist_init_required=False)
+    scale = LossScale(2.0**16) if train.precision == "fp16" else LossScale()
+    return Engine(engine, train, world, zero.stage, zero.config["gradient_accumulation_steps"], scale)
+
+
+def _narrow_forward(model: nn.Module, dtype: torch.dtype, device_type: str) -> None:
+    """Run the forward pass under autocast if a module beside the adapters has trainable fp32 weights.
+
+    The adapters' own layers compute in the frozen weights' type by themselves and need none of it.
+    """
+    if dtype == torch.float32:
+        return
+    from dora_core.adapters.inject import parameter_role
+
+    if any(p.requires_grad and parameter_role(name) == "other" for name, p in model.named_parameters()):
+        model.forward = torch.autocast(device_type, dtype)(model.forward)
+
+
+__all__ = ["DTYPES", "Engine", "bound_collectives", "build_engine"]

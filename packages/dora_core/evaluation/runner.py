@@ -1,0 +1,114 @@
+"""Run evaluators with the rows split over the ranks, so that the scores do not depend on how many there are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from dora_core.evaluation.evaluator import EvaluationContext, Evaluator
+from dora_core.evaluation.results import Metric, commit_hash, dataset_hash, write_results
+
+
+def run_evaluators(
+    evaluators: Sequence[Evaluator],
+    context: EvaluationContext,
+    folder: Path,
+    *,
+    summarize: Callable[[list[Metric]], list[Metric]] | None = None,
+) -> list[Metric]:
+    """Run ``evaluators`` one after the other and return their metrics, then those of ``summarize``.
+
+    Every rank must call it; every rank gets the same metrics. All rows are loaded before the first forward pass, so
+    that a missing file ends the run at once. Rank 0 writes ``folder`` anew after each evaluator, so that an
+    interrupted run leaves what it has finished.
+    """
+    loaded = [(evaluator, evaluator.load(context.section)) for evaluator in evaluators]
+    commit = commit_hash()
+    metrics: list[Metric] = []
+    predictions: list[dict[str, Any]] = []
+    for place, (evaluator, rows) in enumerate(loaded, 1):
+        new_metrics, new_predictions = run_evaluator(evaluator, rows, context, commit=commit)
+        metrics += new_metrics
+        predictions += new_predictions
+        if context.rank == 0:
+            write_results(folder, metrics, predictions)
+            scores = ", ".join(f"{metric.metric} {metric.value:.4f}" for metric in new_metrics)
+            print(f"[{place}/{len(loaded)}] {evaluator.name}: {scores}", flush=True)
+    if summarize is not None:
+        metrics += summarize(metrics)
+        if context.rank == 0:
+            write_results(folder, metrics, predictions)
+    return metrics
+
+
+def run_evaluator(
+    evaluator: Evaluator, rows: Sequence[dict[str, Any]], context: EvaluationContext, *, commit: str = ""
+) -> tuple[list[Metric], list[dict[str, Any]]]:
+    """Return the metrics and the predictions of one evaluator, the latter in the order of ``rows``.
+
+    Rank r predicts ``rows[r::world_size]``; every rank must call it, and every rank gets everything. Each prediction
+    gains the row's place as ``index``. Raises ``ValueError`` on all ranks if their rows differ.
+    """
+    rows_hash = dataset_hash(rows)
+    hashes = gather_objects(rows_hash, context)
+    if len(set(hashes)) > 1:
+        raise ValueError(
+            f"{evaluator.name} has different rows on different ranks ({', '.join(item[:12] for item in hashes)}); they "
+            "must be the same. Put the same data files on every node."
+        )
+    share = list(rows[context.rank :: context.world_size])
+    predicted = evaluator.predict(share, context)
+    assert len(predicted) == len(share), f"{evaluator.name} made {len(predicted)} predictions for {len(share)} rows"
+    shares = gather_objects(predicted, context)
+    predictions = [
+        {**shares[index % context.world_size][index // context.world_size], "index": index}
+        for index in range(len(rows))
+    ]
+    metrics = [
+        replace(metric, dataset_hash=rows_hash, config_hash=context.config_hash, commit=commit)
+        for metric in evaluator.score(predictions)
+    ]
+    return metrics, predictions
+
+
+def place_among_ranks(rank: int | None = None, world_size: int | None = None) -> tuple[int, int]:
+    """Return rank and number of ranks: as given, else those of torch.distributed, else (0, 1).
+
+    Raises ``ValueError`` for a place that does not exist, and for several ranks that cannot talk to each other.
+    """
+    running = dist.is_available() and dist.is_initialized()
+    rank = (dist.get_rank() if running else 0) if rank is None else rank
+    world_size = (dist.get_world_size() if running else 1) if world_size is None else world_size
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank} of {world_size}; it must be from 0 to {world_size - 1}. Number ranks from 0.")
+    if world_size > 1 and (not running or dist.get_world_size() != world_size):
+        connected = dist.get_world_size() if running else 1
+        raise ValueError(
+            f"world_size is {world_size} but {connected} ranks are connected; the two must be equal to gather "
+            "predictions. Initialize torch.distributed first, or leave world_size out."
+        )
+    return rank, world_size
+
+
+def equal_calls(num_items: int, batch_size: int, context: EvaluationContext) -> int | None:
+    """Return how many batches the rank with most items has, or None where ranks need not move together.
+
+    Every rank must call it, also with no items; pass the result as ``num_calls`` to the functions of ``generation``.
+    """
+    if not context.synced:
+        return None
+    return max(gather_objects(math.ceil(num_items / batch_size), context))
+
+
+def gather_objects(item: Any, context: EvaluationContext) -> list[Any]:
+    """Return every rank's ``item``, by rank; every rank must call it."""
+    if context.world_size == 1:
+        return [item]
+    gathered: list[Any] = [None] * context.world_size
+    dist.all_gather_object(gathered, item)
+    return gathered

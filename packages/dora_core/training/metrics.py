@@ -1,0 +1,106 @@
+"""Where the numbers of a run go: ``metrics.jsonl`` always, TensorBoard, Weights & Biases, and plots."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dora_core.config import ConfigError, LogSection
+
+
+class MetricLog:
+    """Writes rows of numbers; made on rank 0 alone. A row written before a restart point is dropped on resume."""
+
+    def __init__(self, folder: Path, section: LogSection, run_name: str) -> None:
+        self.path = folder / "metrics.jsonl"
+        self._board = None
+        self._wandb = None
+        if section.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+        if section.wandb_project:
+            try:
+                import wandb
+            except ImportError:
+                raise ConfigError(
+                    "log.wandb_project is set, but wandb is not installed. Run pip install 'dora-finetuning[wandb]', or "
+                    "remove it."
+                ) from None
+            self._wandb = wandb.init(project=section.wandb_project, name=run_name, dir=str(folder), resume="allow")
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Append one row for optimizer step ``step``."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+        if self._board is not None:
+            for key, value in numbers.items():
+                self._board.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def drop_after(self, step: int) -> None:
+        """Forget rows later than ``step``, which a resumed run writes again."""
+        if self.path.is_file():
+            kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+    def close(self) -> None:
+        """Flush everything."""
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a ``metrics.jsonl``; a last line cut off by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def plot_losses(curves: dict[str, Path], picture: Path) -> None:
+    """Draw training loss (thin) and validation loss (dots) of one or more ``metrics.jsonl`` files as PNG."""
+    figure, axes = _figure()
+    for color, (label, path) in enumerate(curves.items()):
+        rows = read_metrics(path)
+        train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+        held = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
+        if train:
+            axes.plot(*zip(*train, strict=True), color=f"C{color}", linewidth=1, label=label)
+        if held:
+            axes.plot(*zip(*held, strict=True), "o", color=f"C{color}", markersize=4)
+    axes.set(xlabel="optimizer step", ylabel="loss per target token", title="Training (lines) and validation (dots)")
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+
+
+def plot_accuracies(scores: dict[str, dict[str, float]], chance: dict[str, float], picture: Path) -> None:
+    """Draw grouped bars of accuracy in percent, ``scores[method][task]``, with chance as a line, as PNG."""
+    figure, axes = _figure(width=9)
+    tasks = list(chance)
+    width = 0.8 / max(1, len(scores))
+    for place, (method, values) in enumerate(scores.items()):
+        at = [index - 0.4 + (place + 0.5) * width for index in range(len(tasks))]
+        axes.bar(at, [100 * values.get(task, 0.0) for task in tasks], width, label=method)
+    for index, task in enumerate(tasks):
+        at_chance = 100 * chance[task]
+        axes.plot([index - 0.4, index + 0.4], [at_chance] * 2, "k--", linewidth=1, label=None if index else "chance")
+    axes.set_xticks(range(len(tasks)), tasks, rotation=20)
+    axes.set(ylabel="accuracy, %", ylim=(0, 100))
+    axes.legend(ncols=min(6, len(scores) + 1), loc="upper center", bbox_to_anchor=(0.5, 1.15))
+    figure.savefig(picture, dpi=120)
+
+
+def _figure(width: float = 7) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    figure = Figure(figsize=(width, 4), layout="constrained")
+    return figure, figure.subplots()

@@ -1,0 +1,190 @@
+"""Fine-tune a causal language model: ``deepspeed pipelines/llm/train.py --config RECIPE [--section.field value ...]``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: import from this checkout, never from this file's own folder
+    _root = Path(__file__).resolve().parents[2]
+    sys.path[:] = [
+        str(_root / "packages"),
+        str(_root),
+        *(p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent),
+    ]
+
+from functools import partial
+
+import torch
+
+from dora_core.adapters import AdapterReport, apply_adapters, parameter_groups, reuse_norms, save_adapter
+from dora_core.config import TrainSection, load_config, split_arguments
+from dora_core.data.collate import TokenRow, flatten_packs, num_targets, num_tokens, pack_rows, pad_rows
+from dora_core.data.loader import StepLoader
+from dora_core.data.sampler import StepPlan
+from dora_core.engine.build import Engine, build_engine
+from dora_core.engine.export import save_model
+from dora_core.engine.state import restore_weights
+from dora_core.engine.zero import resolve_zero
+from dora_core.training.progress import Progress
+from dora_core.training.run import Run, run_script
+from pipelines.llm.config import RECIPES, DataSection, LLMConfig
+from pipelines.llm.data import load_training_data
+from pipelines.llm.evaluate import evaluate_model
+from pipelines.llm.model import load_model, load_tokenizer, move, next_token_loss
+
+
+def train(cfg: LLMConfig) -> None:
+    """Load, adapt, shard, step, save; everything a run leaves behind is in its folder."""
+    with Run.start(cfg) as run:
+        zero = resolve_zero(cfg.deepspeed, cfg.train, run.world)
+        tokenizer = load_tokenizer(cfg.model)
+        rows, validation, data_report = load_training_data(cfg.data, tokenizer, cfg.run.seed)
+        run.say(data_report)
+        with zero.sharded_loading():
+            model = load_model(cfg.model, cfg.train.precision, gradient_checkpointing=cfg.train.gradient_checkpointing)
+        report = apply_adapters(model, cfg.adapter)
+        run.say(report)
+        engine = build_engine(model, groups(model, cfg.train), cfg.train, zero, run.world)
+
+        plan = StepPlan(
+            num_rows=len(rows),
+            global_batch_size=cfg.train.global_batch_size,
+            micro_batch_size=cfg.train.micro_batch_size,
+            seed=cfg.run.seed,
+            world_size=run.world.size,
+            rank=run.world.rank,
+            lengths=[len(row.input_ids) for row in rows] if cfg.data.group_by_length else None,
+        )
+        num_steps = plan.num_steps(cfg.train.num_epochs, cfg.train.max_steps)
+        progress = run.resume(engine)
+        collate = make_collate(cfg.data, tokenizer.pad_token_id, cfg.model.attention)
+        loader = StepLoader(
+            plan, rows, collate, start_step=progress.step, end_step=num_steps, num_workers=cfg.data.num_workers
+        )
+        if cfg.evaluate.before_training and progress.step == 0:
+            score(run, engine, tokenizer, cfg, "before")
+
+        with reuse_norms(engine.module), run.progress_bar(progress, num_steps):
+            for batches in run.waiting_for(loader):
+                learning_rates = engine.begin_step(progress.step, num_steps)
+                counts = [
+                    sum(map(num_targets, batches)),
+                    sum(num_tokens(batch, tokenizer.pad_token_id) for batch in batches),
+                    run.stop_requested,
+                ]
+                targets, tokens, stop = run.world.sum(counts)
+                loss_sum = torch.zeros((), device=run.world.device)
+                for batch in batches:
+                    loss = next_token_loss(engine, move(batch, run.world.device))
+                    engine.backward(loss, max(1.0, targets))
+                    loss_sum += loss.detach()
+                grad_norm, _ = engine.end_step()
+                progress.advance(tokens, targets)
+                run.log_step(
+                    engine,
+                    progress,
+                    num_steps,
+                    loss_sum,
+                    num_targets=targets,
+                    lr=learning_rates[0],
+                    grad_norm=grad_norm,
+                )
+                if validation and progress.due(cfg.train.eval_every, num_steps):
+                    loss = validation_loss(engine, validation, collate, cfg.train.micro_batch_size)
+                    progress.note_validation(loss)
+                    run.log(progress, validation_loss=loss)
+                if progress.due(cfg.train.save_every, num_steps) or progress.step == progress.best_step:
+                    run.save(engine, progress)
+                if stop:
+                    run.leave_stopped(engine, progress)
+
+        export(run, engine, tokenizer, cfg, progress, report)
+        if cfg.evaluate.after_training:
+            score(run, engine, tokenizer, cfg, "after")
+
+
+def groups(model: torch.nn.Module, section: TrainSection) -> list[dict]:
+    """Return the optimizer's parameter groups as the recipe weighs them."""
+    return parameter_groups(
+        model,
+        section.lr,
+        weight_decay=section.weight_decay,
+        magnitude_lr=section.magnitude_lr,
+        magnitude_weight_decay=section.magnitude_weight_decay,
+        b_lr_ratio=section.b_lr_ratio,
+    )
+
+
+def make_collate(section: DataSection, pad_id: int, attention: str) -> partial:
+    """Return the function that makes a batch of rows: padded, or packed."""
+    if not section.packing:
+        return partial(pad_rows, pad_id=pad_id)
+    if attention == "flash_attention_2":  # it tells rows apart in one sequence only
+        return partial(_pack_flat, pad_id=pad_id, pack_length=section.pack_length)
+    return partial(pack_rows, pad_id=pad_id, pack_length=section.pack_length)
+
+
+def _pack_flat(rows: list[TokenRow], pad_id: int, pack_length: int) -> dict[str, torch.Tensor]:
+    return flatten_packs(pack_rows(rows, pad_id, pack_length))
+
+
+@torch.no_grad()
+def validation_loss(engine: Engine, rows: list[TokenRow], collate: partial, batch_size: int) -> float:
+    """Return the mean loss per target token over the validation rows, which are split over the ranks.
+
+    Every rank runs the same number of forward passes, with empty batches where it has no rows left.
+    """
+    world = engine.world
+    own = rows[world.rank :: world.size]
+    longest = -(-len(rows) // world.size)
+    totals = [0.0, 0.0]
+    engine.module.eval()
+    for start in range(0, longest, batch_size):
+        batch = collate(own[start : start + batch_size])
+        totals[0] += float(next_token_loss(engine, move(batch, world.device)))
+        totals[1] += num_targets(batch)
+    engine.module.train()
+    loss_sum, targets = world.sum(totals)
+    return loss_sum / max(1.0, targets)
+
+
+def export(run: Run, engine: Engine, tokenizer, cfg: LLMConfig, progress: Progress, report: AdapterReport) -> None:
+    """Write the result: the adapter in PEFT's layout, or the whole model after full fine-tuning.
+
+    With ``train.keep_best`` it is that of the lowest validation loss.
+    """
+    if cfg.train.keep_best and progress.best_step not in (None, progress.step):
+        restore_weights(engine, run.checkpoints.weights(progress.best_step))
+        run.say(f"exporting step {progress.best_step}, whose validation loss {progress.best_loss:.4f} is the lowest")
+    if report.num_low_rank + report.num_magnitude:
+        folder = save_adapter(engine.module, cfg.adapter, run.folder / "adapter", cfg.model.path)
+    else:
+        folder = save_model(engine.module, run.folder / "model", cfg.train.precision)
+    if run.world.is_main:
+        tokenizer.save_pretrained(folder)
+    run.say(f"wrote {folder}")
+
+
+def score(run: Run, engine: Engine, tokenizer, cfg: LLMConfig, when: str) -> None:
+    """Score the model on the recipe's benchmarks into ``results/<when>``."""
+    with reuse_norms(engine.module):
+        evaluate_model(
+            engine.module,
+            tokenizer,
+            cfg.evaluate,
+            cfg.data.template,
+            run.folder / "results" / when,
+            synced=engine.stage == 3,
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the recipe and the command line, then train."""
+    recipe, overrides = split_arguments(sys.argv[1:] if arguments is None else arguments)
+    run_script(lambda: train(load_config(LLMConfig, recipe, overrides, recipes=RECIPES)))
+
+
+if __name__ == "__main__":
+    main()
