@@ -10,7 +10,7 @@ from pathlib import Path
 VERBS = {
     "list": "pipelines with their recipes and evaluators",
     "show": "a recipe as it will run, with its base and defaults filled in: dora show RECIPE [--section.field value]",
-    "prepare": "write a small random LLaMA and a world of rows to train it on: dora prepare FOLDER [--rows PATH]",
+    "prepare": "write what the tiny recipe needs, made up and small: dora prepare PIPELINE FOLDER",
     "train": "train in this process: dora train PIPELINE --config RECIPE [--section.field value ...]",
     "evaluate": "score a model: dora evaluate PIPELINE --config RECIPE [--adapter FOLDER] [--output FOLDER] ...",
     "merge": "merge an adapter into a plain model: dora merge PIPELINE --adapter FOLDER --output FOLDER [--base MODEL]",
@@ -32,9 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dora_core.config import exit_with_message
 
     try:
-        {"list": _list, "show": _show, "prepare": _prepare}.get(parsed.verb, _pipeline_verb(parsed.verb))(
-            parsed.arguments
-        )
+        {"list": _list, "show": _show}.get(parsed.verb, _pipeline_verb(parsed.verb))(parsed.arguments)
     except (ValueError, FileNotFoundError) as error:
         exit_with_message(error)
 
@@ -69,32 +67,6 @@ def _show(arguments: list[str]) -> None:
     if pipeline is None:
         raise unknown_name("recipe", recipe, sorted(known))
     print(dump_config(load_config(pipeline.config, recipe, overrides, recipes=pipeline.recipes)), end="")
-
-
-def _prepare(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="dora prepare")
-    parser.add_argument("folder", type=Path, help="where the model, and without --rows the world, is written")
-    parser.add_argument("--rows", help="train the tokenizer on these rows (file or folder) and write no world")
-    parser.add_argument("--vocab-size", type=int, default=1024)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
-    parsed = parser.parse_args(arguments)
-    from dora_core.data.rows import read_rows
-    from dora_core.testing.tiny import save_tiny_llama
-    from dora_core.testing.world import write_world
-
-    folder = parsed.folder
-    if parsed.rows:
-        rows = read_rows(parsed.rows)
-    else:
-        write_world(folder, seed=parsed.seed)
-        rows = [*read_rows(str(folder / "statements.json")), *read_rows(str(folder / "commonsense_mix.json"))]
-    texts = [row["instruction"] + "\n" + row["output"] for row in rows]
-    save_tiny_llama(
-        folder / "model", texts, parsed.vocab_size, parsed.hidden, parsed.layers, heads=4, seed=parsed.seed
-    )
-    print(f"wrote {folder}")
 
 
 def _pipeline_verb(verb: str):

@@ -56,16 +56,17 @@ class DataSection:
     """What to do with a longer row; truncated rows are counted and reported."""
     group_by_length: bool = False
     packing: bool = False
-    """Put the rows of a micro-batch one after the other, with attention confined to each row, instead of padding."""
-    pack_length: int = 2048
-    """Longest packed sequence, in tokens; at least ``cutoff_len``."""
+    """Pack rows into sequences of ``pack_length`` tokens, with attention confined to each row, instead of padding
+    them. The batch sizes then count sequences, which hold several rows each."""
+    pack_length: int | None = None
+    """Longest packed sequence, in tokens; ``cutoff_len`` if not given."""
     num_workers: int = 0
 
     def __post_init__(self) -> None:
         require(bool(self.train), "data.train", self.train, "a non-empty list of files, folders or names")
         require(self.cutoff_len >= 8, "data.cutoff_len", self.cutoff_len, "at least 8 tokens")
         require(
-            not self.packing or self.pack_length >= self.cutoff_len,
+            self.pack_length is None or self.pack_length >= self.cutoff_len,
             "data.pack_length",
             self.pack_length,
             f"at least data.cutoff_len ({self.cutoff_len})",

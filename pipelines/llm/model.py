@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -59,7 +60,8 @@ def load_model(section: ModelSection, precision: str, *, gradient_checkpointing:
     try:
         if section.from_scratch:
             config = AutoConfig.from_pretrained(section.path)
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=section.attention)
+            with torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else nullcontext():
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=section.attention)
         else:
             model = AutoModelForCausalLM.from_pretrained(
                 section.path, dtype=dtype, attn_implementation=section.attention

@@ -16,6 +16,13 @@ class LLMPipeline:
     recipes = RECIPES
 
     @staticmethod
+    def prepare(arguments: Sequence[str]) -> None:
+        """Write a small random LLaMA and a world of rows to train it on."""
+        from pipelines.llm.prepare import main
+
+        main(arguments)
+
+    @staticmethod
     def train(arguments: Sequence[str]) -> None:
         """Train as ``deepspeed pipelines/llm/train.py`` does, in this one process."""
         from pipelines.llm.train import main

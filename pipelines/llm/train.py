@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: import from this checkout, never from this file's own folder
@@ -20,7 +20,16 @@ import torch
 
 from dora_core.adapters import AdapterReport, apply_adapters, parameter_groups, reuse_norms, save_adapter
 from dora_core.config import TrainSection, load_config, split_arguments
-from dora_core.data.collate import TokenRow, flatten_packs, num_targets, num_tokens, pack_rows, pad_rows
+from dora_core.data.collate import (
+    Batch,
+    TokenRow,
+    flatten_packs,
+    make_packs,
+    num_targets,
+    num_tokens,
+    pad_packs,
+    pad_rows,
+)
 from dora_core.data.loader import StepLoader
 from dora_core.data.sampler import StepPlan
 from dora_core.engine.build import Engine, build_engine
@@ -42,6 +51,8 @@ def train(cfg: LLMConfig) -> None:
         tokenizer = load_tokenizer(cfg.model)
         rows, validation, data_report = load_training_data(cfg.data, tokenizer, cfg.run.seed)
         run.say(data_report)
+        items = make_items(rows, cfg.data, cfg.run.seed)
+        validation = make_items(validation, cfg.data, cfg.run.seed)
         with zero.sharded_loading():
             model = load_model(cfg.model, cfg.train.precision, gradient_checkpointing=cfg.train.gradient_checkpointing)
         report = apply_adapters(model, cfg.adapter)
@@ -49,19 +60,19 @@ def train(cfg: LLMConfig) -> None:
         engine = build_engine(model, groups(model, cfg.train), cfg.train, zero, run.world)
 
         plan = StepPlan(
-            num_rows=len(rows),
+            num_rows=len(items),
             global_batch_size=cfg.train.global_batch_size,
             micro_batch_size=cfg.train.micro_batch_size,
             seed=cfg.run.seed,
             world_size=run.world.size,
             rank=run.world.rank,
-            lengths=[len(row.input_ids) for row in rows] if cfg.data.group_by_length else None,
+            lengths=[len(row.input_ids) for row in rows] if cfg.data.group_by_length and not cfg.data.packing else None,
         )
         num_steps = plan.num_steps(cfg.train.num_epochs, cfg.train.max_steps)
         progress = run.resume(engine)
         collate = make_collate(cfg.data, tokenizer.pad_token_id, cfg.model.attention)
         loader = StepLoader(
-            plan, rows, collate, start_step=progress.step, end_step=num_steps, num_workers=cfg.data.num_workers
+            plan, items, collate, start_step=progress.step, end_step=num_steps, num_workers=cfg.data.num_workers
         )
         if cfg.evaluate.before_training and progress.step == 0:
             score(run, engine, tokenizer, cfg, "before")
@@ -117,35 +128,38 @@ def groups(model: torch.nn.Module, section: TrainSection) -> list[dict]:
     )
 
 
-def make_collate(section: DataSection, pad_id: int, attention: str) -> partial:
-    """Return the function that makes a batch of rows: padded, or packed."""
+def make_items(rows: list[TokenRow], section: DataSection, seed: int) -> list:
+    """Return what the batch sizes count: the rows, or the packs made of them."""
+    return make_packs(rows, section.pack_length or section.cutoff_len, seed) if section.packing else rows
+
+
+def make_collate(section: DataSection, pad_id: int, attention: str) -> Callable[[list], Batch]:
+    """Return the function that makes a batch of rows or packs."""
     if not section.packing:
         return partial(pad_rows, pad_id=pad_id)
-    if attention == "flash_attention_2":  # it tells rows apart in one sequence only
-        return partial(_pack_flat, pad_id=pad_id, pack_length=section.pack_length)
-    return partial(pack_rows, pad_id=pad_id, pack_length=section.pack_length)
+    # flash attention tells rows apart in one long sequence only
+    return partial(_flat_packs if attention == "flash_attention_2" else pad_packs, pad_id=pad_id)
 
 
-def _pack_flat(rows: list[TokenRow], pad_id: int, pack_length: int) -> dict[str, torch.Tensor]:
-    return flatten_packs(pack_rows(rows, pad_id, pack_length))
+def _flat_packs(packs: list, pad_id: int) -> Batch:
+    return flatten_packs(pad_packs(packs, pad_id))
 
 
 @torch.no_grad()
-def validation_loss(engine: Engine, rows: list[TokenRow], collate: partial, batch_size: int) -> float:
-    """Return the mean loss per target token over the validation rows, which are split over the ranks.
+def validation_loss(engine: Engine, items: list, collate: Callable[[list], Batch], batch_size: int) -> float:
+    """Return the mean loss per target token over the validation rows or packs, which are split over the ranks.
 
-    Every rank runs the same number of forward passes, with empty batches where it has no rows left.
+    Every rank runs the same number of forward passes, with empty batches where it has nothing left.
     """
     world = engine.world
-    own = rows[world.rank :: world.size]
-    longest = -(-len(rows) // world.size)
+    own = items[world.rank :: world.size]
+    longest = -(-len(items) // world.size)
     totals = [0.0, 0.0]
-    engine.module.eval()
-    for start in range(0, longest, batch_size):
-        batch = collate(own[start : start + batch_size])
-        totals[0] += float(next_token_loss(engine, move(batch, world.device)))
-        totals[1] += num_targets(batch)
-    engine.module.train()
+    with engine.evaluating():
+        for start in range(0, longest, batch_size):
+            batch = collate(own[start : start + batch_size])
+            totals[0] += float(next_token_loss(engine, move(batch, world.device)))
+            totals[1] += num_targets(batch)
     loss_sum, targets = world.sum(totals)
     return loss_sum / max(1.0, targets)
 
@@ -169,7 +183,7 @@ def export(run: Run, engine: Engine, tokenizer, cfg: LLMConfig, progress: Progre
 
 def score(run: Run, engine: Engine, tokenizer, cfg: LLMConfig, when: str) -> None:
     """Score the model on the recipe's benchmarks into ``results/<when>``."""
-    with reuse_norms(engine.module):
+    with reuse_norms(engine.module), engine.evaluating():
         evaluate_model(
             engine.module,
             tokenizer,

@@ -2,9 +2,12 @@
 
 from dora_core.adapters.checkpoint import load_adapter, save_adapter
 from dora_core.adapters.config import AdapterConfig
-from dora_core.adapters.inject import AdapterError, AdapterReport, apply_adapters, parameter_groups
-from dora_core.adapters.linear import DoRALinear, LoRALinear, adapters_disabled, reuse_norms
+from dora_core.adapters.groups import parameter_groups
+from dora_core.adapters.inject import AdapterError, apply_adapters
+from dora_core.adapters.linear import DoRALinear, LoRALinear, adapters_disabled
 from dora_core.adapters.merge import MergeReport, merge_adapters, merge_and_unload, unmerge_adapters
+from dora_core.adapters.norm_reuse import NormReuse, reuse_norms
+from dora_core.adapters.report import AdapterReport
 
 __all__ = [
     "AdapterConfig",
@@ -13,6 +16,7 @@ __all__ = [
     "DoRALinear",
     "LoRALinear",
     "MergeReport",
+    "NormReuse",
     "adapters_disabled",
     "apply_adapters",
     "load_adapter",

@@ -57,5 +57,7 @@ class AdapterConfig:
             refuse("dropout", "at least 0 and below 1", "Set adapter.dropout: 0.05 for the paper's value.")
         if self.magnitude_targets and self.kind != "dora":
             refuse("magnitude_targets", "empty unless adapter.kind is dora", "Remove them or set adapter.kind: dora.")
-        if self.kind in ("dora", "lora", "full") and not (self.targets or self.magnitude_targets or self.trainable):
+        if self.kind in ("dora", "lora") and not (self.targets or self.magnitude_targets):
             refuse("targets", "non-empty", "Name the modules to adapt, for example [q_proj, v_proj].")
+        if self.kind == "full" and not (self.targets or self.trainable):
+            refuse("targets", "non-empty", "Name the modules to train, for example [q_proj, v_proj].")

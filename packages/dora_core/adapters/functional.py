@@ -25,7 +25,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def row_chunks(
     weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scale: float
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (rows, V[rows]) in accumulation type; no chunk is larger than a quarter of the weight."""
+    """Yield (rows, V[rows]) in accumulation type; a chunk holds a quarter of the rows at most, or a single row."""
     dtype = accumulation_dtype(weight.dtype)
     num_rows, num_columns = weight.shape
     step = max(1, min(-(-num_rows // 4), MAX_CHUNK_ELEMENTS // max(1, num_columns)))
@@ -37,13 +37,15 @@ def row_chunks(
         yield rows, chunk
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def row_norm(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scale: float) -> Tensor:
     """Return n [out], the row norms of V = W + s B A.
 
     V is summed before it is squared, row chunk by row chunk: the cheaper factored form
     ||W||^2 + 2s W.BA + s^2 ||BA||^2 loses all digits where W and s B A nearly cancel. Squares are summed in fp64,
-    so rows of very small or very large weights neither underflow nor overflow.
+    so rows of very small or very large weights neither underflow nor overflow. The result is an ordinary tensor even
+    in inference mode: an evaluation may leave it behind for the next training step.
     """
     norm = torch.empty(weight.shape[0], dtype=accumulation_dtype(weight.dtype), device=weight.device)
     for rows, chunk in row_chunks(weight, lora_A, lora_B, scale):
@@ -51,9 +53,15 @@ def row_norm(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scale
     return norm
 
 
+def is_alive(norm: Tensor) -> Tensor:
+    """Return a mask [out] of the rows whose norm is a normal number; a gain for any other row would be noise or NaN."""
+    return norm >= torch.finfo(norm.dtype).tiny
+
+
 def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """Return g = m / n [out]; 1 where n is 0, so that a dead row stays as it is and never becomes NaN."""
-    return torch.where(norm > 0, magnitude / norm.clamp_min(torch.finfo(norm.dtype).tiny), torch.ones_like(norm))
+    """Return g = m / n [out]; 1 for a row of zeros, so that it stays as it is and never becomes NaN."""
+    alive = is_alive(norm)
+    return torch.where(alive, magnitude / torch.where(alive, norm, 1), 1)
 
 
 @torch.no_grad()
@@ -85,14 +93,14 @@ class _AdaptedLinear(torch.autograd.Function):
     """y = x W^T + (g - 1) x' W^T + g s x" A^T B^T + bias, rounded once; see ``adapted_linear``."""
 
     @staticmethod
-    def forward(ctx, x, dropped, weight, bias, lora_A, lora_B, magnitude, norm, options):  # noqa: ANN001, ANN205
+    def forward(ctx, x, dropped, weight, bias, lora_A, lora_B, magnitude, norm, options):
         scale, update, full_norm, untouched = options
         dtype = accumulation_dtype(x.dtype)
         low_input = x if dropped is None else dropped
-        gain_input = dropped if update and dropped is not None else x
+        two_inputs = update and dropped is not None
         with torch.autocast(x.device.type, enabled=False):
             base = product(x, weight)
-            changed = base if gain_input is x else product(gain_input, weight)
+            changed = product(dropped, weight) if two_inputs else base
             hidden = product(low_input, lora_A) if lora_A is not None else None
             low = scale * product(hidden, lora_B) if hidden is not None else None
             g = gain(magnitude, norm) if magnitude is not None else None
@@ -106,66 +114,83 @@ class _AdaptedLinear(torch.autograd.Function):
             scaled = None
             if magnitude is not None and (ctx.needs_input_grad[6] or full_norm):
                 scaled = (changed if low is None else changed + low).to(x.dtype)
-        ctx.save_for_backward(x, dropped, weight, lora_A, lora_B, hidden, g, norm, scaled)
-        ctx.options, ctx.bias_dtype = (scale, update, full_norm), None if bias is None else bias.dtype
+        kept_input = low_input if ctx.needs_input_grad[4] else None
+        ctx.save_for_backward(kept_input, weight, lora_A, lora_B, hidden, g, norm, scaled)
+        ctx.options = (scale, two_inputs, full_norm and hidden is not None, dropped is not None)
+        ctx.dtypes = (x.dtype, None if bias is None else bias.dtype)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):  # noqa: ANN001, ANN205
-        x, dropped, weight, lora_A, lora_B, hidden, g, norm, scaled = ctx.saved_tensors
-        scale, update, full_norm = ctx.options
+    def backward(ctx, dy):
+        low_input, weight, lora_A, lora_B, hidden, g, norm, scaled = ctx.saved_tensors
+        scale, two_inputs, full_norm, has_dropped = ctx.options
+        x_dtype, bias_dtype = ctx.dtypes
         need_x, need_dropped, _, need_bias, need_A, need_B, need_m = ctx.needs_input_grad[:7]
-        dtype = accumulation_dtype(x.dtype)
         dx = d_dropped = d_bias = dA = dB = dm = None
-        flat = lambda t: t.reshape(-1, t.shape[-1])  # noqa: E731
-        operand = lambda t: t.to(x.dtype) if t.is_cuda else t  # noqa: E731  (CUDA multiplies in the input's type)
-        with torch.autocast(x.device.type, enabled=False):
-            dy = dy.to(dtype)
+        operand = lambda t: t.to(x_dtype) if t.is_cuda else t  # noqa: E731  (CUDA multiplies in the input's type)
+        with torch.autocast(dy.device.type, enabled=False):
+            dy = dy.to(accumulation_dtype(x_dtype))
             dyg = dy if g is None else dy * g
             if need_bias:
-                d_bias = flat(dy).sum(0).to(ctx.bias_dtype)
+                d_bias = _rows(dy).sum(0).to(bias_dtype)
             if scaled is not None:
-                inverse = torch.where(norm > 0, 1 / norm.clamp_min(torch.finfo(norm.dtype).tiny), 0)
-                dm = flat(dy * scaled).sum(0) * inverse  # eq. 7
-            two_inputs = update and dropped is not None
+                alive = is_alive(norm)
+                inverse = torch.where(alive, 1 / torch.where(alive, norm, 1), 0)
+                dm = _rows(dy * scaled).sum(0) * inverse  # eq. 7
             if need_x:
                 dx = product(operand(dy if two_inputs else dyg), weight.t())
             if two_inputs and need_dropped and g is not None:
                 d_dropped = product(operand(dyg - dy), weight.t())
             if hidden is not None:
-                low_input = flat(x if dropped is None else dropped)
                 dyg = operand(dyg)
-                d_hidden = scale * product(dyg, lora_B.t())
+                d_hidden = operand(scale * product(dyg, lora_B.t()))
                 if need_B:
-                    dB = scale * product(flat(dyg).t(), operand(flat(hidden)).t())
+                    dB = scale * product(_rows(dyg).t(), operand(_rows(hidden)).t())
                 if need_A:
-                    dA = product(operand(flat(d_hidden)).t(), low_input.t())
-                if need_x or need_dropped:
-                    d_low = product(operand(d_hidden), lora_A.t())
-                    if dropped is None:
-                        dx = dx + d_low
-                    else:
-                        d_dropped = d_low if d_dropped is None else d_dropped + d_low
-                if full_norm:  # the projection of eq. 6: dL/dV += (dL/dn / n) V with dL/dn = -g dL/dm
-                    c = (-g * dm * inverse)[:, None]
-                    if need_B:
-                        dB = dB + scale * c * (product(weight, lora_A) + scale * lora_B @ (lora_A @ lora_A.t()))
-                    if need_A:
-                        cB = (c * lora_B).t()
-                        dA = dA + scale * (product(cB, weight.t()) + scale * (cB @ lora_B) @ lora_A)
-        cast = lambda t, like: None if t is None or like is None else t.to(like.dtype)  # noqa: E731
+                    dA = product(_rows(d_hidden).t(), _rows(low_input).t())
+                if need_dropped:
+                    d_low = product(d_hidden, lora_A.t())
+                    d_dropped = d_low if d_dropped is None else d_dropped + d_low
+                elif need_x and not has_dropped:
+                    dx = dx + product(d_hidden, lora_A.t())
+            if full_norm:
+                row_factor = (-g * dm * inverse)[:, None]
+                norm_dA, norm_dB = _norm_gradients(row_factor, weight, lora_A, lora_B, scale)
+                dA = dA + norm_dA if need_A else None
+                dB = dB + norm_dB if need_B else None
         return (
-            cast(dx, x),
-            cast(d_dropped, dropped),
+            _cast(dx, x_dtype),
+            _cast(d_dropped, x_dtype),
             None,
             d_bias,
-            cast(dA, lora_A) if need_A else None,
-            cast(dB, lora_B) if need_B else None,
+            dA if lora_A is None else _cast(dA, lora_A.dtype),
+            dB if lora_B is None else _cast(dB, lora_B.dtype),
             dm if need_m else None,
             None,
             None,
         )
+
+
+def _norm_gradients(
+    row_factor: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return what the projection of eq. 6 adds to the gradients of A and B, without forming V or BA.
+
+    The projection is dL/dV += c V with ``row_factor`` c [out, 1] = (dL/dn) / n and dL/dn = -g dL/dm.
+    """
+    weighted_B = (row_factor * lora_B).t()
+    dB = scale * row_factor * (product(weight, lora_A) + scale * lora_B @ (lora_A @ lora_A.t()))
+    dA = scale * (product(weighted_B, weight.t()) + scale * (weighted_B @ lora_B) @ lora_A)
+    return dA, dB
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
 
 
 def adapted_linear(
@@ -188,8 +213,8 @@ def adapted_linear(
     Without a magnitude: y = x W^T + s x" A^T B^T + bias (LoRA). With one: y = x W^T + (g - 1) x' W^T
     + g s x" A^T B^T + bias (eq. 5, the bias is never scaled). x" is ``dropped`` if given, else x; x' is x, or
     ``dropped`` with ``update_dropout``. The sum is kept in fp32 and rounded once. Near g = 1 the form with
-    (g - 1) does not cancel. Kept for the backward pass beside the inputs: one [..., r] and, for the gradient of
-    the magnitude, one [..., out] tensor in x's type; nothing of out x in elements.
+    (g - 1) does not cancel. Kept for the backward pass beside the input of the low-rank path: one [..., r] and, for
+    the gradient of the magnitude, one [..., out] tensor in x's type; nothing of out x in elements.
 
     ``norm`` is n [out] of the current parameters. Its gradient is left out (eq. 11) unless
     ``full_norm_gradient`` (eq. 6). ``untouched`` promises B = 0 and g = 1. The frozen weight gets no gradient.

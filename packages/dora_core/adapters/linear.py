@@ -1,4 +1,4 @@
-"""LoRA and DoRA in place of ``nn.Linear``, and the sound reuse of DoRA's row norm."""
+"""LoRA and DoRA in place of ``nn.Linear``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_core.adapters.functional import accumulation_dtype, adapted_linear, effective_weight_, gain, row_norm
 from dora_core.adapters.sharded import copy_local_part, full_shape, gathered, restore_local_part_
+
+
+def scale_of(rank: int, alpha: float, rslora: bool) -> float:
+    """Return s: alpha / rank, or alpha / sqrt(rank) for rsLoRA; 0 without low-rank factors (rank 0)."""
+    return alpha / (math.sqrt(rank) if rslora else rank) if rank else 0.0
 
 
 class LoRALinear(nn.Module):
@@ -25,7 +29,6 @@ class LoRALinear(nn.Module):
     """
 
     magnitude: nn.Parameter | None
-    _reuse: NormReuse | None = None
 
     def __init__(
         self,
@@ -45,7 +48,7 @@ class LoRALinear(nn.Module):
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.rank, self.alpha = rank, alpha
-        self._scale = alpha / (math.sqrt(rank) if rslora else rank) if rank else 0.0
+        self._scale = scale_of(rank, alpha, rslora)
         self.dropout, self.dropout_mode = dropout, dropout_mode
         self.enabled = True
         self.base_weight: Tensor | None = None
@@ -64,7 +67,7 @@ class LoRALinear(nn.Module):
 
     @property
     def scale(self) -> float:
-        """s: alpha / rank, or alpha / sqrt(rank) for rsLoRA. Setting it drops what was computed with the old one."""
+        """s, the factor of the low-rank update. Setting it drops what was computed with the old one."""
         return self._scale
 
     @scale.setter
@@ -122,11 +125,15 @@ class LoRALinear(nn.Module):
         return same
 
     @torch.no_grad()
-    def merge_(self) -> None:
-        """Write the effective weight into ``weight`` and keep the base on the CPU. Every rank calls it (ZeRO-3)."""
+    def merge_(self, *, keep_base: bool = True) -> None:
+        """Write the effective weight into ``weight``. Every rank calls it (ZeRO-3).
+
+        The base is kept on the CPU for ``unmerge_``; without it the layer must not be used as an adapter again.
+        """
         if self.merged:
             return
-        self.base_weight = copy_local_part(self.weight)
+        if keep_base:
+            self.base_weight = copy_local_part(self.weight)
         with gathered([self.weight], modify=True), gathered(self._trained()):
             effective_weight_(self.weight, self.lora_A, self.lora_B, self.magnitude, self._scale)
         self.invalidate()
@@ -150,12 +157,11 @@ class LoRALinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRALinear:
         # What is trained stays in fp32: model.half() and friends convert the frozen weight alone.
-        trained = self._trained()
-        before = [(p.dtype, p.data) for p in trained]
+        before = [parameter.data for parameter in self._trained()]
         super()._apply(fn, recurse)
         dtype = accumulation_dtype(self.weight.dtype)
-        for parameter, (old_dtype, old) in zip(trained, before, strict=True):
-            if parameter.dtype != old_dtype:
+        for parameter, old in zip(self._trained(), before, strict=True):
+            if parameter.dtype != old.dtype:
                 parameter.data = old.to(device=parameter.device, dtype=dtype)
         self.invalidate()
         return self
@@ -185,7 +191,9 @@ class DoRALinear(LoRALinear):
         super().__init__(base, rank, alpha, **options)
         self.norm_gradient = norm_gradient
         self.num_norms_computed = 0
-        self._cached: tuple[Any, Tensor] | None = None
+        self.num_reuse_blocks = 0
+        """How many ``reuse_norms`` blocks are open around this layer."""
+        self._cached: tuple[tuple[Tensor | None, ...], tuple[int, ...], Tensor] | None = None
         with gathered([self.weight]):
             self.magnitude = nn.Parameter(row_norm(self.weight, self.lora_A, self.lora_B, self._scale))
 
@@ -195,55 +203,33 @@ class DoRALinear(LoRALinear):
 
     def invalidate(self) -> None:
         super().invalidate()
+        self.forget_norm()
+
+    def forget_norm(self) -> None:
+        """Compute the norm again at the next call."""
         self._cached = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is no part of the block that announces changes to the original.
+        return {**self.__dict__, "num_reuse_blocks": 0, "_cached": None}
+
     def _norm(self) -> Tensor:
-        if self._reuse is None:
+        if not self.num_reuse_blocks:
             return self._compute_norm()
-        # The handle's count says when an optimizer stepped. Versions only add what they do notice, edits in place
+        # reuse_norms says when an optimizer stepped. Versions only add what they do notice, edits in place
         # and replaced tensors; they miss fused optimizers and writes through .data, so alone they prove nothing.
         parts = (self.weight, self.lora_A, self.lora_B)
-        key = (self._reuse.generation, *((id(p), p._version) for p in parts if p is not None))
-        if self._cached is None or self._cached[0] != key:
-            self._cached = (key, self._compute_norm())
-        return self._cached[1]
+        versions = tuple(part._version for part in parts if part is not None)
+        if self._cached is not None:
+            known_parts, known_versions, norm = self._cached
+            if known_versions == versions and all(a is b for a, b in zip(known_parts, parts, strict=True)):
+                return norm
+        self._cached = (parts, versions, self._compute_norm())
+        return self._cached[2]
 
     def _compute_norm(self) -> Tensor:
         self.num_norms_computed += 1
         return row_norm(self.weight, self.lora_A, self.lora_B, self._scale)
-
-
-class NormReuse:
-    """The training loop's word on when parameters changed; made by ``reuse_norms``."""
-
-    def __init__(self) -> None:
-        self.generation = 0
-
-    def parameters_changed(self, *_: Any) -> None:
-        """Say that parameters were written: every layer computes its norm again at its next call."""
-        self.generation += 1
-
-
-@contextmanager
-def reuse_norms(model: nn.Module) -> Iterator[NormReuse]:
-    """Within the block, compute each layer's norm once per optimizer step instead of once per call.
-
-    Micro-batches and the recomputation of activation checkpointing share it. Every step of a ``torch.optim``
-    optimizer announces itself (fused ones and those inside DeepSpeed too). Loading, merging, moving, a changed scale
-    and edits in place are noticed. A write through ``.data`` must be announced with ``parameters_changed()``.
-    """
-    layers = [module for module in model.modules() if isinstance(module, DoRALinear)]
-    handle = NormReuse()
-    hook = register_optimizer_step_post_hook(handle.parameters_changed)
-    for layer in layers:
-        layer._reuse = handle
-    try:
-        yield handle
-    finally:
-        hook.remove()
-        for layer in layers:
-            layer._reuse = None
-            layer.invalidate()
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,21 +59,19 @@ def unmerge_adapters(model: nn.Module, probe: Mapping[str, Any] | None = None) -
 
 
 def merge_and_unload(model: nn.Module, probe: Mapping[str, Any] | None = None) -> MergeReport:
-    """Merge and replace every adapted layer by a plain ``nn.Linear``, so that no trace of the adapter is left."""
-    layers = adapted_layers(model)
+    """Merge and replace every adapted layer by a plain, frozen ``nn.Linear``: no trace of the adapter is left."""
 
     def unload(name: str, layer: LoRALinear) -> None:
-        layer.merge_()
+        layer.merge_(keep_base=False)
         with torch.device("meta"):
             plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
         plain.weight, plain.bias = layer.weight, layer.bias
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, plain.train(layer.training))
+        model.set_submodule(name, plain.train(layer.training))
 
-    return _change(model, probe, [lambda n=name, m=layer: unload(n, m) for name, layer in layers.items()])
+    return _change(model, probe, [partial(unload, name, layer) for name, layer in adapted_layers(model).items()])
 
 
-def _change(model: nn.Module, probe: Mapping[str, Any] | None, steps: list) -> MergeReport:
+def _change(model: nn.Module, probe: Mapping[str, Any] | None, steps: list[Callable[[], None]]) -> MergeReport:
     probe = default_probe(model) if probe is None else probe
     before = _output(model, probe)
     for step in steps:
@@ -88,14 +87,15 @@ def _output(model: nn.Module, probe: Mapping[str, Any] | None) -> Tensor | None:
         return None
     with _evaluating(model):
         output = model(**probe)
-    return (output if torch.is_tensor(output) else output.logits).float()
+    return output if torch.is_tensor(output) else output.logits
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True

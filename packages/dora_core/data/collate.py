@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
 
 from dora_core.config import require
 
 IGNORED = -100
 """The label of a token that carries no loss."""
+
+PACKING_WINDOW = 256
 
 Batch = dict[str, torch.Tensor]
 """``input_ids`` and ``labels`` ``[B, S]`` int64, with ``attention_mask`` (padded) or ``position_ids`` (packed)."""
@@ -55,16 +58,12 @@ def pad_rows(rows: Sequence[TokenRow], pad_id: int, side: str = "right", multipl
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-def pack_rows(rows: Sequence[TokenRow], pad_id: int, pack_length: int) -> Batch:
-    """Return ``input_ids``, ``position_ids`` and ``labels`` ``[B, S]`` with several rows in each of the B packs.
+def make_packs(rows: Sequence[TokenRow], pack_length: int, seed: int | None = None) -> list[list[TokenRow]]:
+    """Distribute rows over packs of at most ``pack_length`` tokens; every row is in exactly one.
 
-    S is the longest pack, rounded up to a multiple of 8 but never above ``pack_length``. ``position_ids`` restart at
-    0 with each row and with the padding at the end; the first token of a row has no label, so no row predicts the
-    next. There is no ``attention_mask``: transformers (5.17 or later) confines attention to rows by the restarts,
-    and only without a mask and with ``use_cache=False``. Its flash attention reads restarts in a batch of one
-    sequence only: give it ``flatten_packs`` of the batch.
-
-    No rows give one pack of padding without labels. Raises ``ValueError`` for a row longer than ``pack_length``.
+    First fit, longest first, within windows of 256 rows, which are drawn at random by ``seed`` if given: a pack then
+    holds a random sample of the rows, and packing a large data set takes time in proportion to its size.
+    Raises ``ValueError`` for a row longer than ``pack_length``.
     """
     for row in rows:
         require(
@@ -74,9 +73,25 @@ def pack_rows(rows: Sequence[TokenRow], pad_id: int, pack_length: int) -> Batch:
             f"at most pack_length ({pack_length})",
             "Raise data.pack_length or lower data.cutoff_len.",
         )
-    packs = _first_fit_decreasing(rows, pack_length) or [[_padding_row(pad_id)]]
-    width = _round_up(max(sum(len(row.input_ids) for row in pack) for pack in packs), 8)
-    width = min(width, pack_length) if rows else width
+    order = range(len(rows)) if seed is None else numpy.random.default_rng([seed, len(rows)]).permutation(len(rows))
+    packs: list[list[TokenRow]] = []
+    for start in range(0, len(rows), PACKING_WINDOW):
+        packs += _first_fit_decreasing([rows[index] for index in order[start : start + PACKING_WINDOW]], pack_length)
+    return packs
+
+
+def pad_packs(packs: Sequence[Sequence[TokenRow]], pad_id: int, multiple_of: int = 8) -> Batch:
+    """Return ``input_ids``, ``position_ids`` and ``labels`` ``[B, S]``, one pack a line, one row after the other.
+
+    S is the longest pack, rounded up. ``position_ids`` restart at 0 with each row and with the padding at the end; the
+    first token of a row has no label, so no row predicts the next. There is no ``attention_mask``: transformers (5.17
+    or later) confines attention to rows by the restarts, and only without a mask and with ``use_cache=False``. Its
+    flash attention reads restarts in a batch of one sequence only: give it ``flatten_packs`` of the batch.
+
+    No packs give one of padding without labels.
+    """
+    packs = packs or [[_padding_row(pad_id)]]
+    width = _round_up(max(sum(len(row.input_ids) for row in pack) for pack in packs), multiple_of)
     input_ids = torch.full((len(packs), width), pad_id, dtype=torch.long)
     labels = torch.full_like(input_ids, IGNORED)
     position_ids = torch.zeros_like(input_ids)
@@ -93,7 +108,7 @@ def pack_rows(rows: Sequence[TokenRow], pad_id: int, pack_length: int) -> Batch:
 
 
 def flatten_packs(batch: Batch) -> Batch:
-    """Return a batch of ``pack_rows`` as one sequence ``[1, B x S]``, as flash attention needs it.
+    """Return a batch of ``pad_packs`` as one sequence ``[1, B x S]``, as flash attention needs it.
 
     Attention and loss stay the same: positions restart and labels are -100 where one pack follows another.
     """

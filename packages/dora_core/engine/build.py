@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import deepspeed
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_core.config import TrainSection
-from dora_core.engine.distributed import World, bound_collectives
+from dora_core.engine.distributed import World
 from dora_core.engine.optim import LossScale, lr_factor, make_optimizer, set_learning_rates
 from dora_core.engine.zero import Zero
 
@@ -43,6 +45,21 @@ class Engine:
 
     def __call__(self, **inputs: Tensor):
         return self.deepspeed(**inputs)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within the block the model is in evaluation mode. Every rank must enter it.
+
+        Afterwards ZeRO-3 lets go of what a forward pass without a backward pass left gathered, or on its way: such
+        weights could not be gathered by name.
+        """
+        self.module.eval()
+        try:
+            yield
+        finally:
+            self.module.train()
+            if self.stage == 3:
+                self.deepspeed.empty_partition_cache()
 
     def begin_step(self, step: int, num_steps: int) -> list[float]:
         """Set and return the groups' learning rates for optimizer step ``step``."""
@@ -85,7 +102,9 @@ class Engine:
         applied = bool(torch.isfinite(norm))
         if not applied:
             for parameter in parameters:
-                parameter.grad = None
+                parameter.grad = None  # the optimizer passes over parameters without a gradient
+        elif self.train.clip_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.train.clip_grad_norm, norm)
         self.deepspeed.step()
         return norm, applied
 
@@ -119,6 +138,3 @@ def _narrow_forward(model: nn.Module, dtype: torch.dtype, device_type: str) -> N
 
     if any(p.requires_grad and parameter_role(name) == "other" for name, p in model.named_parameters()):
         model.forward = torch.autocast(device_type, dtype)(model.forward)
-
-
-__all__ = ["DTYPES", "Engine", "bound_collectives", "build_engine"]

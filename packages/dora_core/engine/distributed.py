@@ -87,8 +87,9 @@ def bound_collectives(timeout_s: float) -> None:
     """
     from torch.distributed import distributed_c10d
 
+    set_timeout = getattr(dist, "set_timeout", distributed_c10d._set_pg_timeout)  # public since torch 2.15
     for group in list(distributed_c10d._world.pg_map):
-        distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+        set_timeout(timedelta(seconds=timeout_s), group)
 
 
 def stop_with_launcher(poll_s: float = 1.0) -> None:

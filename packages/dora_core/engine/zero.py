@@ -97,7 +97,7 @@ def resolve_zero(section: DeepSpeedSection, train: TrainSection, world: World) -
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.accumulation(world.size),
-        "gradient_clipping": train.clip_grad_norm or 0.0,
+        "gradient_clipping": (train.clip_grad_norm or 0.0) if stage > 0 else 0.0,  # without ZeRO the engine clips
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the CPU as fast, without a build
         "steps_per_print": None,

@@ -52,13 +52,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | Path) -> 
 
 def tiny_llama(
     vocab_size: int,
-    hidden: int = 128,
+    hidden: int = 96,
     layers: int = 4,
     heads: int = 4,
     seed: int = 0,
     intermediate: int | None = None,
     tie_embeddings: bool = False,
     max_positions: int = 512,
+    init_std: float = 0.05,
 ) -> LlamaForCausalLM:
     """Build a LLaMA with random fp32 weights that depend on the seed only; the global generator is left as it was."""
     if hidden % heads:
@@ -75,6 +76,7 @@ def tiny_llama(
         eos_token_id=SPECIAL_TOKENS.index("</s>"),
         pad_token_id=SPECIAL_TOKENS.index("<pad>"),
         tie_word_embeddings=tie_embeddings,
+        initializer_range=init_std,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -85,7 +87,7 @@ def save_tiny_llama(
     path: str | Path,
     texts: Iterable[str],
     vocab_size: int = 1024,
-    hidden: int = 128,
+    hidden: int = 96,
     layers: int = 4,
     heads: int = 4,
     seed: int = 0,

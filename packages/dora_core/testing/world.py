@@ -2,7 +2,8 @@
 
 import json
 import random
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -161,26 +162,45 @@ _CHOICES_OF_NAME = (
 )
 
 
+_NOTICE = tuple(
+    re.findall(
+        r"\s*\S+",
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nPlease choose the correct answer to the question: Please choose the correct solution "
+        "to the question: Please choose the correct ending to complete the given sentence: Please choose the correct "
+        "answer to fill in the blank to complete the given sentence: Please answer the following question with true "
+        "or false, question: Answer format: true/false\n\n### Response:\nthe correct answer",
+    )
+)
+"""Words that surround a question; slices of them surround some statements, so that no word of a prompt is new."""
+
+
 @dataclass(frozen=True)
 class World:
-    """Entities that have one value per attribute; some (entity, attribute) pairs are kept for the test split."""
+    """Entities with one attribute and one value each; some (entity, attribute) pairs are kept for the test split.
+
+    The attributes share the entities out evenly. Raises ValueError for a world too small to fill every format.
+    """
 
     seed: int = 0
-    num_entities: int = 32
-    num_attributes: int = 8
-    num_values: int = 8
-    held_out_fraction: float = 0.25
+    num_entities: int = 24
+    num_attributes: int = 2
+    num_values: int = 4
+    held_out_fraction: float = 1 / 3
 
     def __post_init__(self) -> None:
+        per_attribute, odd = divmod(self.num_entities, max(1, self.num_attributes))
+        num_held = round(self.held_out_fraction * per_attribute)
         limits = (
-            ("num_entities", self.num_entities, 8, 200),
             ("num_attributes", self.num_attributes, 1, len(ATTRIBUTES)),
-            ("num_values", self.num_values, 4, 8),
-            ("held_out_fraction", self.held_out_fraction, 0.2, 0.8),
+            ("num_values", self.num_values, 4, min(map(len, ATTRIBUTES.values()))),
+            ("num_entities per attribute", per_attribute, 2 * self.num_values, 200),
+            ("entities left over by num_attributes", odd, 0, 0),
+            ("held-out entities per attribute", num_held, self.num_values, per_attribute - self.num_values),
         )
         for name, given, low, high in limits:
             if not low <= given <= high:
-                raise ValueError(f"{name}={given} was given; {low} to {high} is allowed; change {name}")
+                raise ValueError(f"{name}: {given} was given; {low} to {high} is allowed; change the world's sizes")
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -226,8 +246,12 @@ class World:
             held.update((name, noun) for name in sorted(names, key=turns.__getitem__)[:num_held])
         return frozenset(held)
 
-    def statements(self, num_statements: int = 12_000) -> list[str]:
-        """Plain sentences, shuffled: every fact in every paraphrase, then verdicts and choices drawn at random."""
+    def statements(self, num_statements: int = 12_000, surrounded: float = 0.5) -> list[str]:
+        """Sentences, shuffled: every fact in every paraphrase, then lists, verdicts and choices drawn at random.
+
+        `surrounded` is the share, 0 to 1, of verdicts and choices that stand among words of a prompt. Without them
+        a model learns sooner to recall and to match; with them it can use that in a prompt, so begin with 0.
+        """
         rng = self._random("statements")
         sentences = [
             form.format(name=name, noun=noun, value=value)
@@ -241,15 +265,22 @@ class World:
             )
         pairs = list(self.facts)
         kinds = (
-            self._list, self._verdicts, self._survey_of_values, self._choice_of_value, self._choice_of_value,
-            self._verdict, self._choice_of_name, self._choice_of_name, self._survey_of_names,
+            self._list,
+            self._verdicts,
+            self._survey_of_values,
+            self._survey_of_values,
+            self._survey_of_names,
+            self._verdict,
+            self._choice_of_value,
+            self._choice_of_name,
         )
-        sentences += [kinds[i % len(kinds)](rng, rng.choice(pairs)) for i in range(num_statements - len(sentences))]
+        for i in range(num_statements - len(sentences)):
+            sentences.append(kinds[i % len(kinds)](rng, rng.choice(pairs), rng.random() < surrounded))
         rng.shuffle(sentences)
         return sentences
 
     def rows(self, task: str, split: str, num_rows: int) -> list[Row]:
-        """Different rows of one task for split "train" or "test", the gold labels in equal shares."""
+        """Rows of one task for split "train" or "test", the gold labels in equal shares; no test row comes twice."""
         if task not in _TASKS or split not in ("train", "test"):
             raise ValueError(
                 f"task={task!r}, split={split!r} was given; a task is one of {', '.join(TASKS)} and a split is "
@@ -260,20 +291,19 @@ class World:
         pairs = [pair for pair in self.facts if (pair in self.held_out) == (split == "test")]
         labels = [form.labels[i % len(form.labels)] for i in range(num_rows)]
         rng.shuffle(labels)
-        rows: dict[str, Row] = {}
+        rows, seen = [], set()
         for label in labels:
             instruction = self._instruction(form, rng, pairs, label)
             for _ in range(1000):
-                if split == "train" or instruction not in rows:
+                if split == "train" or instruction not in seen:
                     break
                 instruction = self._instruction(form, rng, pairs, label)
-            rows[instruction if split == "test" else len(rows)] = {
-                "instruction": instruction,
-                "input": "",
-                "output": f"the correct answer is {label}",
-                "answer": label,
-            }
-        return list(rows.values())
+            else:
+                raise ValueError(f"{num_rows} test rows of {task} were asked for; {len(rows)} differ; ask for fewer")
+            seen.add(instruction)
+            output = f"the correct answer is {label}"
+            rows.append({"instruction": instruction, "input": "", "output": output, "answer": label})
+        return rows
 
     def _instruction(self, form: Task, rng: random.Random, pairs: list[Pair], label: str) -> str:
         name, noun = rng.choice(pairs)
@@ -295,25 +325,21 @@ class World:
         asked = question.format(name=name, noun=noun, value=value)
         return f"{asked}\n\n{listed}{form.before_format}Answer format: {'/'.join(form.labels)}"
 
-    def _fact(self, rng: random.Random, pair: Pair) -> str:
-        return rng.choice(_FACTS).format(name=pair[0], noun=pair[1], value=self.facts[pair])
-
-    def _list(self, rng: random.Random, pair: Pair) -> str:
+    def _list(self, rng: random.Random, pair: Pair, _: bool) -> str:
         noun = pair[1]
         parts = (f"{name} is {self.facts[name, noun]}" for name in rng.sample(self.names_with(noun), 8))
         return f"By {noun}: " + ", ".join(parts) + "."
 
-    def _profile(self, rng: random.Random, pair: Pair) -> str:
-        nouns = rng.sample(list(self.values), min(4, self.num_attributes))
-        return f"About {pair[0]}: " + ", ".join(f"{noun} {self.facts[pair[0], noun]}" for noun in nouns) + "."
-
-    def _verdict(self, rng: random.Random, pair: Pair) -> str:
+    def _verdict(self, rng: random.Random, pair: Pair, surrounded: bool) -> str:
         value, verdict = self.facts[pair], "true"
         if rng.random() < 0.5:
             value, verdict = rng.choice(self._other_values(pair[1], value)), "false"
-        return rng.choice(_VERDICTS).format(name=pair[0], noun=pair[1], value=value, verdict=verdict)
+        if not surrounded:
+            return rng.choice(_VERDICTS).format(name=pair[0], noun=pair[1], value=value, verdict=verdict)
+        question = f"is {value} the {pair[1]} of {pair[0]}?"
+        return _surround(rng, f"{question}\n\nAnswer format: true/false", f"this is {verdict}")
 
-    def _verdicts(self, rng: random.Random, pair: Pair) -> str:
+    def _verdicts(self, rng: random.Random, pair: Pair, _: bool) -> str:
         noun, parts = pair[1], []
         for name in rng.sample(self.names_with(noun), 8):
             value, verdict = self.facts[name, noun], "true"
@@ -322,7 +348,7 @@ class World:
             parts.append(f"{name} is {value} {verdict}")
         return f"By {noun}: " + ", ".join(parts) + "."
 
-    def _survey_of_values(self, rng: random.Random, pair: Pair) -> str:
+    def _survey_of_values(self, rng: random.Random, pair: Pair, _: bool) -> str:
         noun = pair[1]
         options = rng.sample(self.values[noun], 4)
         names = [name for name in self.names_with(noun) if self.facts[name, noun] in options]
@@ -334,9 +360,10 @@ class World:
             asked.append(f"{name} is {reading}{options.index(value) + 1}")
         return f"{listed} By {noun}: " + ", ".join(asked) + "."
 
-    def _survey_of_names(self, rng: random.Random, pair: Pair) -> str:
+    def _survey_of_names(self, rng: random.Random, pair: Pair, _: bool) -> str:
         noun = pair[1]
-        by_value: dict[str, str] = {self.facts[name, noun]: name for name in rng.sample(self.names_with(noun), len(self.names_with(noun)))}
+        names = self.names_with(noun)
+        by_value = {self.facts[name, noun]: name for name in rng.sample(names, len(names))}
         values = rng.sample(self.values[noun], rng.randint(2, 4))
         listed = " ".join(f"{i}: {by_value[value]}" for i, value in enumerate(values, 1))
         asked = []
@@ -345,22 +372,35 @@ class World:
             asked.append(f"{value} {reading}is {values.index(value) + 1}")
         return f"{listed} By {noun}: " + ", ".join(asked) + "."
 
-    def _choice_of_value(self, rng: random.Random, pair: Pair) -> str:
+    def _choice_of_value(self, rng: random.Random, pair: Pair, surrounded: bool) -> str:
         value = self.facts[pair]
-        return self._choice(rng, pair, value, self._other_values(pair[1], value), _CHOICES_OF_VALUE)
+        return self._choice(rng, pair, value, self._other_values(pair[1], value), _CHOICES_OF_VALUE, surrounded)
 
-    def _choice_of_name(self, rng: random.Random, pair: Pair) -> str:
+    def _choice_of_name(self, rng: random.Random, pair: Pair, surrounded: bool) -> str:
         others = [name for name in self.names_with(pair[1]) if self.facts[name, pair[1]] != self.facts[pair]]
-        return self._choice(rng, pair, pair[0], others, _CHOICES_OF_NAME)
+        return self._choice(rng, pair, pair[0], others, _CHOICES_OF_NAME, surrounded)
 
-    def _choice(self, rng: random.Random, pair: Pair, gold: str, others: list[str], forms: tuple[str, ...]) -> str:
+    def _choice(
+        self,
+        rng: random.Random,
+        pair: Pair,
+        gold: str,
+        others: list[str],
+        forms: tuple[str, ...],
+        surrounded: bool,
+    ) -> str:
         num_options = rng.randint(2, 4)
         number = rng.randint(1, num_options)
         options = _with_gold(rng, gold, others, num_options, number - 1)
-        listed = " ".join(f"{i}: {text}" for i, text in enumerate(options, 1))
-        return rng.choice(forms).format(
-            name=pair[0], noun=pair[1], value=self.facts[pair], options=listed, number=number
-        )
+        asked = {"name": pair[0], "noun": pair[1], "value": self.facts[pair], "number": number}
+        if not surrounded:
+            listed = " ".join(f"{i}: {text}" for i, text in enumerate(options, 1))
+            return rng.choice(forms).format(options=listed, **asked)
+        word = rng.choice(("Answer", "Option", "Ending", "Solution"))
+        listed = rng.choice((" ", "\n\n")).join(f"{word}{i}: {text}" for i, text in enumerate(options, 1))
+        formats = "/".join(f"{word.lower()}{i}" for i in range(1, num_options + 1))
+        question = rng.choice(forms).split("{options}")[0].format(**asked)
+        return _surround(rng, f"{question}\n\n{listed}\n\nAnswer format: {formats}", f"is number{number}")
 
     def _other_values(self, noun: str, value: str) -> list[str]:
         return [other for other in self.values[noun] if other != value]
@@ -400,15 +440,14 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     path.write_text(json.dumps(list(rows), indent=4, ensure_ascii=False), encoding="utf-8", newline="\n")
 
 
+def _surround(rng: random.Random, text: str, ending: str) -> str:
+    before, after = rng.randrange(len(_NOTICE)), rng.randrange(len(_NOTICE))
+    head = "".join(_NOTICE[before : rng.randint(before, len(_NOTICE))])
+    tail = "".join(_NOTICE[after : rng.randint(after, min(after + 8, len(_NOTICE)))])
+    return f"{head} {text}\n\n{tail} {ending}"
+
+
 def _with_gold(rng: random.Random, gold: str, others: list[str], num_options: int, position: int) -> list[str]:
     options = rng.sample(others, num_options - 1)
     options.insert(position, gold)
     return options
-
-
-def _first_new(draw: Callable[[], str], seen: dict[str, Row], num_tries: int = 1000) -> str:
-    for _ in range(num_tries):
-        text = draw()
-        if text not in seen:
-            return text
-    raise ValueError(f"{len(seen) + 1} different rows were asked for; the world has fewer; ask for fewer rows")

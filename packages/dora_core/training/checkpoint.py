@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent: written aside, fsynced, listed with SHA-256, then renamed.
 
-``step-00000120/`` holds ``weights.safetensors`` (what is trained), ``optimizer.safetensors``, ``rng-<rank>.safetensors``,
-``state.json`` and, written last, ``manifest.json``. Tensors are whole and by name, so another number of ranks or
+``step-00000120/`` holds ``weights.safetensors`` (what is trained), ``optimizer.safetensors``, ``state.json``,
+``rng-<rank>.safetensors`` and, written last, ``manifest.json``. Tensors are whole and by name, so another number of ranks or
 another ZeRO stage can resume. The newest folder whose manifest verifies wins; there is no pointer to go stale.
 """
 
@@ -52,7 +52,7 @@ class CheckpointStore:
     def save(self, engine: Engine, progress: Progress) -> Path:
         """Write the checkpoint of ``progress.step``. Every rank must call it; it returns when the files are safe.
 
-        A failure on any rank (a full disk) raises ``CheckpointError`` on all of them and leaves older checkpoints whole.
+        A failure on any rank (a full disk) raises ``CheckpointError`` on all of them; older checkpoints stay whole.
         """
         world = engine.world
         weights, moments, count = gather_state(engine)
@@ -86,11 +86,7 @@ class CheckpointStore:
                 "checkpoints are whole. Make room or check permissions, then resume with run.resume: auto."
             )
         if world.is_main:
-            _seal(temporary, progress.step)
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(temporary, final)
-            _fsync(self.folder)
+            publish(temporary, final)
         world.barrier()
         return final
 
@@ -149,15 +145,20 @@ class CheckpointStore:
             shutil.rmtree(path)
 
 
-def _seal(folder: Path, step: int) -> None:
+def publish(temporary: Path, final: Path) -> None:
+    """Make the finished files in ``temporary`` the checkpoint ``final``: killed at any point, it is whole or absent."""
     files = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(temporary.iterdir()):
         _fsync(path)
         files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-    manifest = folder / "manifest.json"
-    manifest.write_text(json.dumps({"schema": SCHEMA, "step": step, "files": files}, indent=2), encoding="utf-8")
+    manifest = temporary / "manifest.json"
+    manifest.write_text(json.dumps({"schema": SCHEMA, "files": files}, indent=2), encoding="utf-8")
     _fsync(manifest)
-    _fsync(folder)
+    _fsync(temporary)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    _fsync(final.parent)
 
 
 def _fsync(path: Path) -> None:

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import torch
 
 from dora_core.config import ConfigError, dump_config, exit_with_message, read_yaml
-from dora_core.engine.build import Engine, bound_collectives
-from dora_core.engine.distributed import World, stop_with_launcher
+from dora_core.engine.build import Engine
+from dora_core.engine.distributed import World, bound_collectives, stop_with_launcher
 from dora_core.training.checkpoint import CheckpointError, CheckpointStore
 from dora_core.training.metrics import MetricLog, plot_losses
 from dora_core.training.progress import Progress

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dora_core.data.collate import IGNORED, TokenRow, flatten_packs, num_targets, pack_rows, pad_rows
+from dora_core.data.collate import (
+    IGNORED,
+    TokenRow,
+    flatten_packs,
+    make_packs,
+    num_targets,
+    num_tokens,
+    pad_packs,
+    pad_rows,
+)
 
 PAD = 0
 
@@ -68,6 +77,10 @@ def test_a_pad_token_that_is_also_the_end_token_keeps_its_label():
     assert batch["labels"].tolist() == [[-100, 2, -100, -100]]
 
 
+def pack_rows(rows, pad_id, pack_length):
+    return pad_packs(make_packs(rows, pack_length), pad_id)
+
+
 def test_packing_is_first_fit_decreasing_and_restarts_positions():
     rows = [row(1, 2), row(3, 4, 5, 6, 7), row(8, 9, 10), row(11, 12, 13, masked=2)]
     batch = pack_rows(rows, PAD, pack_length=8)
@@ -82,11 +95,22 @@ def test_packing_is_first_fit_decreasing_and_restarts_positions():
 def test_packs_hold_every_token_and_target_of_the_rows(lengths):
     rows = random_rows(lengths)
     packed, padded = pack_rows(rows, PAD, pack_length=37), pad_rows(rows, PAD)
-    assert packed["input_ids"].shape[1] <= 37
+    assert packed["input_ids"].shape[1] <= 40
+    assert num_tokens(packed, PAD) == num_tokens(padded, PAD) == sum(lengths)
     assert packed["input_ids"].ne(PAD).sum() == sum(lengths)
     assert num_targets(packed) == num_targets(padded) == num_targets(flatten_packs(packed))
     # first fit leaves at most one pack half empty
     assert packed["input_ids"].shape[0] <= 2 * sum(lengths) / 37 + 1
+
+
+def test_a_seed_draws_other_packs_of_the_same_rows():
+    rows = random_rows([5, 9, 3, 7] * 200)
+    packs = [make_packs(rows, 32, seed) for seed in (0, 0, 1)]
+    assert packs[0] == packs[1] != packs[2]
+    for pack in packs:
+        flat = [row.input_ids for rows_of_pack in pack for row in rows_of_pack]
+        assert sorted(flat) == sorted(row.input_ids for row in rows)
+        assert len(pack) <= 1.15 * sum(map(len, flat)) / 32
 
 
 def test_a_row_longer_than_a_pack_is_an_error():

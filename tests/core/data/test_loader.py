@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from dora_core.data.collate import TokenRow, num_targets, pack_rows, pad_rows
+from dora_core.data.collate import TokenRow, make_packs, num_targets, pad_packs, pad_rows
 from dora_core.data.loader import StepLoader
 from dora_core.data.sampler import StepPlan
 
@@ -36,8 +36,12 @@ def test_a_step_is_the_collated_rows_of_the_plan():
         assert batches == [{name: tensor.tolist() for name, tensor in batch.items()} for batch in expected]
 
 
+def pad_packs_of_rows(rows, pad_id):
+    return pad_packs(make_packs(rows, 16), pad_id)
+
+
 def test_workers_give_the_same_batches_in_the_same_order():
-    pack = functools.partial(pack_rows, pad_id=0, pack_length=16)
+    pack = functools.partial(pad_packs_of_rows, pad_id=0)
     assert collect(end_step=5, num_workers=2, collate=pack) == collect(end_step=5, collate=pack)
 
 

@@ -1,0 +1,47 @@
+"""The sound reuse of DoRA's row norm: once per optimizer step instead of once per call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from dora_core.adapters.linear import DoRALinear
+
+
+class NormReuse:
+    """The training loop's word on when parameters changed; made by ``reuse_norms``."""
+
+    def __init__(self, layers: list[DoRALinear]) -> None:
+        self._layers = layers
+
+    def parameters_changed(self, *_: Any) -> None:
+        """Say that parameters were written: every layer computes its norm again at its next call."""
+        for layer in self._layers:
+            layer.forget_norm()
+
+
+@contextmanager
+def reuse_norms(model: nn.Module) -> Iterator[NormReuse]:
+    """Within the block, compute each layer's norm once per optimizer step instead of once per call.
+
+    Micro-batches and the recomputation of activation checkpointing share it. Every step of a ``torch.optim``
+    optimizer announces itself (fused ones and those inside DeepSpeed too). Loading, merging, moving, a changed scale
+    and edits in place are noticed. A write through ``.data`` must be announced with ``parameters_changed()``.
+    Blocks may be nested; layers put in within the block, and copies of the model, compute at every call.
+    """
+    layers = [module for module in model.modules() if isinstance(module, DoRALinear)]
+    handle = NormReuse(layers)
+    hook = register_optimizer_step_post_hook(handle.parameters_changed)
+    for layer in layers:
+        layer.num_reuse_blocks += 1
+    try:
+        yield handle
+    finally:
+        hook.remove()
+        for layer in layers:
+            layer.num_reuse_blocks -= 1
+            layer.forget_norm()

@@ -1,0 +1,47 @@
+"""What every pipeline must do, run on its recipe ``tiny`` in a folder that its ``prepare`` filled."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from dora_core.adapters.checkpoint import WEIGHTS_FILE
+from dora_core.config import load_config
+from dora_core.engine.distributed import World
+from dora_core.registry import PIPELINES, pipeline_packages
+from dora_core.training.checkpoint import CheckpointStore
+from dora_core.training.metrics import read_metrics
+
+
+def train_tiny(world: World, pipeline: str, folder: str | Path, name: str, overrides: dict[str, Any]) -> list[float]:
+    """Train the recipe ``tiny`` in ``folder`` as run ``name`` and return the logged losses. Every rank calls it."""
+    os.chdir(folder)
+    entry = PIPELINES.get(pipeline)
+    settings = {"run.name": name, "log.progress": "false", "log.tensorboard": "false", "train.log_every": 1} | overrides
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    config = load_config(entry.config, "tiny", words, recipes=entry.recipes)
+    importlib.import_module(f"{pipeline_packages()[pipeline]}.train").train(config)
+    world.barrier()
+    return [row["loss"] for row in read_metrics(Path("runs") / name / "metrics.jsonl") if "loss" in row]
+
+
+def exported_is_trained(run_folder: Path) -> bool:
+    """Whether the exported adapter holds exactly the weights of the checkpoint it was made from."""
+    store = CheckpointStore(run_folder / "checkpoints")
+    exported = load_file(run_folder / "adapter" / WEIGHTS_FILE)
+    names = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+
+    def same(weights: dict[str, Any]) -> bool:
+        adapter = {name: value for name, value in weights.items() if name.rpartition(".")[2] in names}
+        keys = {
+            name: ".".join((f"base_model.model.{n}", names[k]))
+            for name in adapter
+            for n, _, k in [name.rpartition(".")]
+        }
+        return len(adapter) == len(exported) and all((exported[keys[n]] == value).all() for n, value in adapter.items())
+
+    return any(same(store.weights(step)) for step in store.steps())
