@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 VERBS = {
     "list": "pipelines with their recipes and evaluators",
-    "show": "a recipe as it will run, with its base and defaults filled in: dora show RECIPE [--section.field value]",
+    "show": "a recipe with its base and defaults filled in: dora show [PIPELINE] RECIPE [--section.field value]",
     "prepare": "write what the tiny recipe needs, made up and small: dora prepare PIPELINE FOLDER",
     "train": "train in this process: dora train PIPELINE --config RECIPE [--section.field value ...]",
     "evaluate": "score a model: dora evaluate PIPELINE --config RECIPE [--adapter FOLDER] [--output FOLDER] ...",
     "merge": "merge an adapter into a plain model: dora merge PIPELINE --adapter FOLDER --output FOLDER [--base MODEL]",
-    "demo": "the whole way on a tiny model: dora demo PIPELINE [--output FOLDER]",
+    "demo": "the whole way on a tiny model: dora demo PIPELINE [--output FOLDER], or dora demo all",
 }
 
 
@@ -33,55 +35,85 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     try:
         {"list": _list, "show": _show}.get(parsed.verb, _pipeline_verb(parsed.verb))(parsed.arguments)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
+        if os.environ.get("DORA_TRACEBACK"):
+            raise
         exit_with_message(error)
 
 
 def _list(arguments: list[str]) -> None:
-    import importlib.util
-
     from dora_core.registry import EVALUATORS, pipeline_packages
 
+    if arguments:
+        raise ValueError(f"dora list takes no arguments; it was given {' '.join(arguments)}. Leave them out.")
     for name, package in pipeline_packages().items():
+        evaluators = EVALUATORS.names(name)  # before the folder: it says what is wrong with a broken pipeline
         folder = Path(importlib.util.find_spec(package).submodule_search_locations[0])
         print(f"{name}  ({folder})")
         print("  recipes     " + ", ".join(sorted(path.stem for path in folder.glob("recipes/*.yaml"))))
-        print("  evaluators  " + ", ".join(EVALUATORS.names(name)))
+        print("  evaluators  " + ", ".join(evaluators))
 
 
 def _show(arguments: list[str]) -> None:
     from dora_core.config import dump_config, load_config
-    from dora_core.registry import PIPELINES, unknown_name
+    from dora_core.registry import PIPELINES
 
-    if not arguments:
+    words, owner = list(arguments), None
+    if len(words) > 1 and words[0] in PIPELINES.names() and not words[1].startswith("--"):
+        owner = words.pop(0)
+    if not words or words[0].startswith("--"):
         raise ValueError("dora show needs a recipe: a name from `dora list`, or the path of a YAML file.")
-    recipe, *overrides = arguments
-    pipelines = {name: PIPELINES.get(name) for name in PIPELINES.names()}
-    known = {path.stem: p for p in pipelines.values() for path in sorted(p.recipes.glob("*.yaml"))}
-    pipeline = known.get(recipe)
-    if pipeline is None and Path(recipe).is_file():
-        pipeline = next(
-            (p for p in pipelines.values() if Path(recipe).resolve().is_relative_to(p.recipes.parent)), None
-        )
-        pipeline = pipeline or next(iter(pipelines.values()))
-    if pipeline is None:
-        raise unknown_name("recipe", recipe, sorted(known))
+    recipe, *overrides = words
+    pipeline = PIPELINES.get(owner or _owner_of_recipe(recipe))
     print(dump_config(load_config(pipeline.config, recipe, overrides, recipes=pipeline.recipes)), end="")
 
 
-def _pipeline_verb(verb: str):
+def _owner_of_recipe(recipe: str) -> str:
+    """Return the one pipeline that a recipe, given by name or by path, can belong to."""
+    from dora_core.registry import PIPELINES, unknown_name
+
+    folders = {name: PIPELINES.get(name).recipes for name in PIPELINES.names()}
+    path = Path(recipe)
+    if path.is_file():
+        owners = [name for name, folder in folders.items() if path.resolve().is_relative_to(folder.parent.resolve())]
+        owners = owners or list(folders)
+    else:
+        owners = [name for name, folder in folders.items() if (folder / f"{recipe}.yaml").is_file()]
+    if not owners:
+        known = {path.stem for folder in folders.values() for path in folder.glob("*.yaml")}
+        raise unknown_name("recipe", recipe, sorted(known), " Give one of these names or the path of a YAML file.")
+    if len(owners) > 1:
+        raise ValueError(
+            f"Recipe {recipe!r} can be of {' or '.join(owners)}. Say which: dora show {owners[0]} {recipe}."
+        )
+    return owners[0]
+
+
+def _pipeline_verb(verb: str) -> Callable[[list[str]], None]:
     def run(arguments: list[str]) -> None:
         from dora_core.registry import PIPELINES
 
         if not arguments or arguments[0].startswith("-"):
             raise ValueError(f"dora {verb} needs a pipeline first: one of {', '.join(PIPELINES.names())}.")
         name, *rest = arguments
-        action = getattr(PIPELINES.get(name), verb, None)
-        if action is None:
-            raise ValueError(f"Pipeline {name!r} has no {verb}.")
-        action(rest)
+        if (verb, name) == ("demo", "all"):
+            if rest:
+                raise ValueError("dora demo all takes no further arguments. Run one pipeline's demo to give it some.")
+            for each in PIPELINES.names():
+                _action(each, verb)([])
+        else:
+            _action(name, verb)(rest)
 
     return run
+
+
+def _action(name: str, verb: str) -> Callable[[list[str]], None]:
+    from dora_core.registry import PIPELINES
+
+    action = getattr(PIPELINES.get(name), verb, None)
+    if action is None:
+        raise ValueError(f"Pipeline {name!r} has no {verb}. Add it to its pipeline.py, or use another verb.")
+    return action
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +23,10 @@ class RegistryError(ValueError):
 
 def unknown_name(kind: str, name: str, known: list[str], what_to_do: str = "") -> RegistryError:
     """Return the error for ``name`` that is none of ``known``, with the close matches first."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    shared = os.path.commonprefix([name, *known])
+    shared = shared[: max(shared.rfind("."), shared.rfind("/")) + 1]  # the section or owner would make all look alike
+    ends = [each.removeprefix(shared) for each in known]
+    close = [shared + end for end in difflib.get_close_matches(name.removeprefix(shared), ends, n=3, cutoff=0.5)]
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     return RegistryError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(known) or 'none'}.{what_to_do}")
 
@@ -111,32 +115,55 @@ class Registry:
         packages = pipeline_packages()
         if owner not in packages:
             raise unknown_name("pipeline", owner, sorted(packages))
-        module = f"{packages[owner]}.{self._module}"
-        if importlib.util.find_spec(module) is not None:
-            importlib.import_module(module)
+        if _has_module(owner, packages[owner], self._module):
+            importlib.import_module(f"{packages[owner]}.{self._module}")
 
     def _import_home(self) -> None:
         if self._home:
             importlib.import_module(self._home)
 
 
+def _has_module(pipeline: str, package: str, module: str) -> bool:
+    """Say whether a pipeline's package has a module, without importing it."""
+    try:
+        return importlib.util.find_spec(f"{package}.{module}") is not None
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{package}.".startswith(f"{error.name}."):
+            raise  # the package is there, and something that it imports is not
+        raise RegistryError(
+            f"Pipeline {pipeline!r} is said to be the package {package!r}, which is not installed. Install it, or "
+            "uninstall the distribution whose entry point names it."
+        ) from None
+
+
 def _caller_location() -> str:
-    frame = inspect.stack()[2]
-    return f"{frame.filename}:{frame.lineno}"
+    frame = inspect.currentframe().f_back.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 class PipelineRegistry(Registry):
     """The registry of pipelines: a name is a folder, and ``get`` imports ``<folder>/pipeline.py``."""
 
     def get(self, name: str) -> Any:
+        """Return the pipeline called ``name``; an error says what its folder lacks."""
         if name not in self._objects:
             packages = pipeline_packages()
             if name not in packages:
                 raise unknown_name(
                     self.kind, name, sorted(packages), " A pipeline is a folder pipelines/<name>/ with a pipeline.py."
                 )
+            if not _has_module(name, packages[name], "pipeline"):
+                raise RegistryError(
+                    f"Pipeline {name!r} has no module {packages[name]}.pipeline. Add the file pipeline.py, with "
+                    f"@PIPELINES.register({name!r}) on what it offers."
+                )
             importlib.import_module(f"{packages[name]}.pipeline")
-        return super().get(name)
+            if name not in self._objects:
+                raise RegistryError(
+                    f"{packages[name]}.pipeline registers no pipeline {name!r}. Decorate its class with "
+                    f"@PIPELINES.register({name!r}): the name and the folder's or entry point's name must agree."
+                )
+        return self._objects[name]
 
     def names(self, owner: str | None = None) -> list[str]:
         """Return the names of the pipelines found, sorted; imports none of them."""

@@ -1,4 +1,4 @@
-"""The sections that every pipeline's configuration shares, and what a section is: a frozen dataclass that checks itself."""
+"""What a section of a configuration is, and the sections that every pipeline shares."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class ConfigError(ValueError):
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def section(cls: type[C]) -> type[C]:
-    """Make ``cls`` a frozen keyword-only dataclass that refuses unknown keys."""
-    cls.__pydantic_config__ = {"extra": "forbid"}
+    """Make ``cls`` a frozen keyword-only dataclass that refuses unknown keys, infinities and NaN."""
+    cls.__pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
     return dataclass(frozen=True, kw_only=True)(cls)
 
 
@@ -87,7 +87,17 @@ class TrainSection:
         for name in ("max_steps", "eval_every", "save_every"):
             given = getattr(self, name)
             require(given is None or given > 0, f"train.{name}", given, "a positive integer or absent")
-        require(self.num_epochs > 0, "train.num_epochs", self.num_epochs, "positive")
+        for name in ("num_epochs", "eps", "b_lr_ratio"):
+            require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "positive")
+        for name in ("weight_decay", "magnitude_weight_decay", "warmup_steps"):
+            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+        require(all(0 <= beta < 1 for beta in self.betas), "train.betas", self.betas, "two numbers in [0, 1)")
+        require(
+            self.magnitude_lr is None or self.magnitude_lr > 0,
+            "train.magnitude_lr",
+            self.magnitude_lr,
+            "positive, or null for train.lr",
+        )
         require(
             self.warmup_ratio is None or (0 <= self.warmup_ratio < 1 and self.warmup_steps == 0),
             "train.warmup_ratio",
@@ -143,3 +153,6 @@ class DeepSpeedSection:
     """How long a collective may wait for the other ranks before the run stops."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Merged into ``zero_optimization``, for example {stage3_param_persistence_threshold: 0}."""
+
+    def __post_init__(self) -> None:
+        require(self.timeout_s > 0, "deepspeed.timeout_s", self.timeout_s, "a positive number of seconds")

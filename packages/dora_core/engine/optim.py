@@ -11,11 +11,13 @@ from dora_core.config import TrainSection
 
 
 def make_optimizer(groups: list[dict], train: TrainSection) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer over parameter groups that carry their own lr and weight decay."""
+    """Return the recipe's optimizer over groups with a learning rate each; a group that names no decay has none."""
     if train.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=train.lr)
     how = {"adamw": {"fused": True}, "adamw_foreach": {"foreach": True}, "adamw_loop": {"foreach": False}}
-    return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, **how[train.optimizer])
+    return torch.optim.AdamW(
+        groups, lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=0.0, **how[train.optimizer]
+    )
 
 
 def num_warmup_steps(train: TrainSection, num_steps: int) -> int:

@@ -1,0 +1,126 @@
+"""Training under the ``deepspeed`` command: it stops when told to, leaves no process behind, and goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dora_core.registry import PIPELINES
+from dora_core.training.checkpoint import CheckpointStore
+from dora_core.training.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(*overrides: str) -> list[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    script = ROOT / "pipelines" / "llm" / "train.py"
+    return [str(deepspeed), "--num_gpus", "2", "--master_port", str(port), str(script), "--config", "tiny", *overrides]
+
+
+def environment() -> dict[str, str]:
+    # No PYTHONPATH: the script finds its checkout by itself, from any directory.
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+
+def processes_of(run: str) -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if run in words:
+            found.append(int(folder.name))
+    return found
+
+
+def wait_until(condition, timeout_s: float) -> bool:  # noqa: ANN001 (any function without arguments)
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.2)
+    return False
+
+
+@pytest.fixture
+def folder(tmp_path):
+    PIPELINES.get("llm").prepare([str(tmp_path / "data" / "world")])
+    return tmp_path
+
+
+def test_sigterm_to_the_launcher_saves_stops_every_rank_and_the_run_goes_on(folder):
+    run = f"stopped-{os.getpid()}"
+    overrides = ["--run.name", run, "--train.max_steps", "5000", "--train.save_every", "5000", "--train.log_every", "1"]
+    metrics = folder / "runs" / run / "metrics.jsonl"
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command(*overrides), cwd=folder, stdout=log, stderr=log, env=environment())
+        assert wait_until(lambda: metrics.is_file() and len(read_metrics(metrics)) >= 3, 120), (
+            folder / "log"
+        ).read_text()
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    # The deepspeed command itself dies at once; the ranks notice, save and leave.
+    assert wait_until(lambda: not processes_of(run), 60), "processes were left behind"
+    store = CheckpointStore(folder / "runs" / run / "checkpoints")
+    step = store.newest()
+    assert step is not None, (folder / "log").read_text()
+    assert f"stopped on request at step {step}" in (folder / "log").read_text()
+    assert "Traceback" not in (folder / "log").read_text()
+
+    overrides[3] = str(step + 2)
+    done = subprocess.run(
+        command(*overrides, "--run.resume", "must"),
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"resumed from {Path('runs') / run / 'checkpoints'}/step-{step:08d}" in done.stdout
+    assert [row["step"] for row in read_metrics(metrics) if "loss" in row][-2:] == [step + 1, step + 2]
+    assert (folder / "runs" / run / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_one_process_that_is_told_to_stop_saves_and_exits_with_status_75(folder):
+    run = folder / "runs" / "alone"
+    words = [sys.executable, "-m", "dora_core.cli", "train", "llm", "--config", "tiny", "--run.name", "alone"]
+    words += ["--train.max_steps", "5000", "--train.save_every", "5000", "--train.log_every", "1"]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(words, cwd=folder, stdout=log, stderr=log, env=environment())
+        metrics = run / "metrics.jsonl"
+        assert wait_until(lambda: metrics.is_file() and len(read_metrics(metrics)) >= 3, 120), (
+            folder / "log"
+        ).read_text()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75
+    assert CheckpointStore(run / "checkpoints").newest() is not None
+    assert "Traceback" not in (folder / "log").read_text()
+
+
+def test_a_users_mistake_under_the_launcher_ends_in_one_message(folder):
+    done = subprocess.run(
+        command("--adapter.targets", "[q_prj]"),
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert "Did you mean q_proj" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
