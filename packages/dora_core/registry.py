@@ -7,7 +7,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,8 +22,8 @@ class RegistryError(ValueError):
 
 def unknown_name(kind: str, name: str, known: list[str], what_to_do: str = "") -> RegistryError:
     """Return the error for ``name`` that is none of ``known``, with the close matches first."""
-    shared = os.path.commonprefix([name, *known])
-    shared = shared[: max(shared.rfind("."), shared.rfind("/")) + 1]  # the section or owner would make all look alike
+    shared = name[: max(name.rfind("."), name.rfind("/")) + 1]  # a section or an owner would make all look alike
+    shared = shared if all(each.startswith(shared) for each in known) else ""
     ends = [each.removeprefix(shared) for each in known]
     close = [shared + end for end in difflib.get_close_matches(name.removeprefix(shared), ends, n=3, cutoff=0.5)]
     hint = f" Did you mean {' or '.join(close)}?" if close else ""

@@ -16,7 +16,7 @@ from dora_core.evaluation.evaluator import EvaluationContext
 from dora_core.evaluation.results import Metric, average_metric, config_hash, format_table
 from dora_core.evaluation.runner import place_among_ranks, run_evaluators
 from dora_core.registry import EVALUATORS
-from dora_core.training.run import run_script
+from dora_core.training.script import run_script
 from pipelines.llm.config import RECIPES, EvaluateSection, LLMConfig
 from pipelines.llm.model import load_model, load_tokenizer
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from dora_core.adapters import load_adapter, merge_and_unload
 from dora_core.config import require
 from dora_core.engine.export import save_model
-from dora_core.training.run import run_script
+from dora_core.training.script import run_script
 from pipelines.llm.config import ModelSection
 from pipelines.llm.model import load_model, load_tokenizer
 

@@ -43,8 +43,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         pad = next((token for token in candidates if token in known), None)
         if pad is None or known[pad] == tokenizer.eos_token_id:
             raise ConfigError(
-                f"The tokenizer of {name!r} has no pad token, and none of its tokens is free for padding. Add one: load it, "
-                "set tokenizer.pad_token to an unused token, save it, and give its folder as model.tokenizer."
+                f"The tokenizer of {name!r} has no pad token, and none of its tokens is free for padding. Add one: load "
+                "it, set tokenizer.pad_token to an unused token, save it, and give its folder as model.tokenizer."
             )
         tokenizer.pad_token = pad
     if tokenizer.eos_token_id is None:
@@ -92,8 +92,3 @@ def _not_found(what: str, name: str, error: Exception) -> str:
         f"The {what} {name!r} ({kind}) cannot be loaded: {first} Give the folder of a model that transformers saved, or a "
         "Hugging Face name that this machine can reach or has cached."
     )
-
-
-def move(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Return the batch on ``device``."""
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}

@@ -14,34 +14,29 @@ if __package__ in (None, ""):  # run as a file: import from this checkout, never
         *(p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent),
     ]
 
-from functools import partial
-
 import torch
 
-from dora_core.adapters import AdapterReport, apply_adapters, parameter_groups, reuse_norms, save_adapter
-from dora_core.config import TrainSection, load_config, split_arguments
+from dora_core.adapters import AdapterReport, apply_adapters, reuse_norms, save_adapter
+from dora_core.config import load_config, split_arguments
 from dora_core.data.collate import (
     Batch,
-    TokenRow,
-    flatten_packs,
-    make_packs,
     num_targets,
     num_tokens,
-    pad_packs,
-    pad_rows,
 )
 from dora_core.data.loader import StepLoader
 from dora_core.data.sampler import StepPlan
-from dora_core.engine.build import Engine, build_engine
+from dora_core.engine.build import Engine, build_engine, recipe_groups
 from dora_core.engine.export import save_model
 from dora_core.engine.state import restore_weights
 from dora_core.engine.zero import resolve_zero
 from dora_core.training.progress import Progress
-from dora_core.training.run import Run, run_script
-from pipelines.llm.config import RECIPES, DataSection, LLMConfig
+from dora_core.training.run import Run
+from dora_core.training.script import run_script
+from pipelines.llm.batches import make_collate, make_items, move
+from pipelines.llm.config import RECIPES, LLMConfig
 from pipelines.llm.data import load_training_data
 from pipelines.llm.evaluate import evaluate_model
-from pipelines.llm.model import load_model, load_tokenizer, move, next_token_loss
+from pipelines.llm.model import load_model, load_tokenizer, next_token_loss
 
 
 def train(cfg: LLMConfig) -> None:
@@ -57,7 +52,7 @@ def train(cfg: LLMConfig) -> None:
             model = load_model(cfg.model, cfg.train.precision, gradient_checkpointing=cfg.train.gradient_checkpointing)
         report = apply_adapters(model, cfg.adapter)
         run.say(report)
-        engine = build_engine(model, groups(model, cfg.train), cfg.train, zero, run.world)
+        engine = build_engine(model, recipe_groups(model, cfg.train), cfg.train, zero, run.world)
 
         plan = StepPlan(
             num_rows=len(items),
@@ -78,7 +73,7 @@ def train(cfg: LLMConfig) -> None:
             score(run, engine, tokenizer, cfg, "before")
 
         with reuse_norms(engine.module), run.progress_bar(progress, num_steps):
-            for batches in run.waiting_for(loader):
+            for batches in run.speed.waiting_for(loader):
                 learning_rates = engine.begin_step(progress.step, num_steps)
                 counts = [
                     sum(map(num_targets, batches)),
@@ -114,35 +109,6 @@ def train(cfg: LLMConfig) -> None:
         export(run, engine, tokenizer, cfg, progress, report)
         if cfg.evaluate.after_training:
             score(run, engine, tokenizer, cfg, "after")
-
-
-def groups(model: torch.nn.Module, section: TrainSection) -> list[dict]:
-    """Return the optimizer's parameter groups as the recipe weighs them."""
-    return parameter_groups(
-        model,
-        section.lr,
-        weight_decay=section.weight_decay,
-        magnitude_lr=section.magnitude_lr,
-        magnitude_weight_decay=section.magnitude_weight_decay,
-        b_lr_ratio=section.b_lr_ratio,
-    )
-
-
-def make_items(rows: list[TokenRow], section: DataSection, seed: int) -> list:
-    """Return what the batch sizes count: the rows, or the packs made of them."""
-    return make_packs(rows, section.pack_length or section.cutoff_len, seed) if section.packing else rows
-
-
-def make_collate(section: DataSection, pad_id: int, attention: str) -> Callable[[list], Batch]:
-    """Return the function that makes a batch of rows or packs."""
-    if not section.packing:
-        return partial(pad_rows, pad_id=pad_id)
-    # flash attention tells rows apart in one long sequence only
-    return partial(_flat_packs if attention == "flash_attention_2" else pad_packs, pad_id=pad_id)
-
-
-def _flat_packs(packs: list, pad_id: int) -> Batch:
-    return flatten_packs(pad_packs(packs, pad_id))
 
 
 @torch.no_grad()

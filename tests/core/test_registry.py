@@ -166,7 +166,10 @@ def test_a_pipeline_without_evaluators_has_none(install):
     ("modules", "message"),
     [
         ({}, r"has no module halfway_package\.pipeline\. Add the file"),
-        ({"pipeline": PIPELINE_MODULE.format(name="other")}, r"halfway_package\.pipeline registers no pipeline 'halfway'"),
+        (
+            {"pipeline": PIPELINE_MODULE.format(name="other")},
+            r"halfway_package\.pipeline registers no pipeline 'halfway'",
+        ),
     ],
 )
 def test_an_entry_point_of_an_incomplete_package_says_what_it_lacks(install, modules, message):

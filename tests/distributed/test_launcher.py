@@ -46,7 +46,7 @@ def processes_of(run: str) -> list[int]:
     return found
 
 
-def wait_until(condition, timeout_s: float) -> bool:  # noqa: ANN001 (any function without arguments)
+def wait_until(condition, timeout_s: float) -> bool:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if condition():

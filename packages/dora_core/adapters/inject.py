@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from dora_core.adapters.config import AdapterConfig
-from dora_core.adapters.groups import parameter_role as parameter_role
 from dora_core.adapters.kinds import train_in_full_precision
 from dora_core.adapters.linear import LoRALinear
 from dora_core.adapters.report import AdapterReport, describe_module, report_on

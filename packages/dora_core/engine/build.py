@@ -10,6 +10,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
+from dora_core.adapters.groups import parameter_groups, parameter_role
 from dora_core.config import TrainSection
 from dora_core.engine.distributed import World
 from dora_core.engine.optim import LossScale, lr_factor, make_optimizer, set_learning_rates
@@ -109,8 +110,20 @@ class Engine:
         return norm, applied
 
 
+def recipe_groups(model: nn.Module, train: TrainSection) -> list[dict]:
+    """Return the optimizer's parameter groups with the learning rates and decays of the recipe."""
+    return parameter_groups(
+        model,
+        train.lr,
+        weight_decay=train.weight_decay,
+        magnitude_lr=train.magnitude_lr,
+        magnitude_weight_decay=train.magnitude_weight_decay,
+        b_lr_ratio=train.b_lr_ratio,
+    )
+
+
 def build_engine(model: nn.Module, groups: list[dict], train: TrainSection, zero: Zero, world: World) -> Engine:
-    """Return the engine. Every rank must call it; ``groups`` come from ``parameter_groups``.
+    """Return the engine. Every rank must call it; ``groups`` come from ``recipe_groups`` or ``parameter_groups``.
 
     Raises ``ValueError`` if nothing is trainable.
     """
@@ -134,7 +147,5 @@ def _narrow_forward(model: nn.Module, dtype: torch.dtype, device_type: str) -> N
     """
     if dtype == torch.float32:
         return
-    from dora_core.adapters.inject import parameter_role
-
     if any(p.requires_grad and parameter_role(name) == "other" for name, p in model.named_parameters()):
         model.forward = torch.autocast(device_type, dtype)(model.forward)

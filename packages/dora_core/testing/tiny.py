@@ -1,23 +1,27 @@
 """Tiny random models and the tokenizers that go with them, saved as `save_pretrained` does."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
 """In the order of their ids: 0, 1 and 2 as in LLaMA, and a padding token of its own."""
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | Path) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, path: str | Path, phrases: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer on the texts and save it in the folder `path`.
 
-    Every text round-trips. A BOS is put first and no EOS last. `vocab_size` is an upper bound of the entries; a
-    value below 260 (the bytes and the special tokens) raises ValueError.
+    Every text round-trips. A BOS is put first and no EOS last. Each of `phrases` is one token wherever it occurs.
+    `vocab_size` is an upper bound of the entries; a value below 260 (the bytes and the special tokens) plus the
+    number of phrases raises ValueError.
     """
-    smallest = 256 + len(SPECIAL_TOKENS)
+    smallest = 256 + len(SPECIAL_TOKENS) + len(phrases)
     if vocab_size < smallest:
         raise ValueError(f"vocab_size={vocab_size} was given; {smallest} or more is allowed; raise vocab_size")
     unknown, bos, eos, pad = SPECIAL_TOKENS
@@ -25,13 +29,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | Path) -> 
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - len(phrases),
         min_frequency=2,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    kept_apart = re.compile("|".join(map(re.escape, sorted(phrases, key=len, reverse=True))) or "(?!)")
+    tokenizer.train_from_iterator((part for text in texts for part in kept_apart.split(text)), trainer)
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False, special=False) for phrase in phrases])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A",
         pair=f"{bos} $A {bos} $B",
@@ -91,9 +97,10 @@ def save_tiny_llama(
     layers: int = 4,
     heads: int = 4,
     seed: int = 0,
+    phrases: Sequence[str] = (),
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Save a tiny LLaMA and a tokenizer trained on the texts in one folder, and return both."""
-    tokenizer = train_tokenizer(texts, vocab_size, path)
+    tokenizer = train_tokenizer(texts, vocab_size, path, phrases)
     model = tiny_llama(len(tokenizer), hidden, layers, heads, seed)
     model.save_pretrained(path)
     return model, tokenizer

@@ -1,8 +1,8 @@
 """Checkpoints that are complete or absent: written aside, fsynced, listed with SHA-256, then renamed.
 
 ``step-00000120/`` holds ``weights.safetensors`` (what is trained), ``optimizer.safetensors``, ``state.json``,
-``rng-<rank>.safetensors`` and, written last, ``manifest.json``. Tensors are whole and by name, so another number of ranks or
-another ZeRO stage can resume. The newest folder whose manifest verifies wins; there is no pointer to go stale.
+``rng-<rank>.safetensors`` and, written last, ``manifest.json``. Tensors are whole and by name, so another number of
+ranks or another ZeRO stage can resume. The newest folder whose manifest verifies wins; there is no pointer to go stale.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ class MetricLog:
                 import wandb
             except ImportError:
                 raise ConfigError(
-                    "log.wandb_project is set, but wandb is not installed. Run pip install 'dora-finetuning[wandb]', or "
-                    "remove it."
+                    "log.wandb_project is set, but wandb is not installed. Remove it, or run "
+                    "pip install 'dora-finetuning[wandb]'."
                 ) from None
             self._wandb = wandb.init(project=section.wandb_project, name=run_name, dir=str(folder), resume="allow")
 

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import random
-import shlex
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from dora_core.config import ConfigError, dump_config, exit_with_message, read_yaml
+from dora_core.config import ConfigError, dump_config, read_yaml
 from dora_core.engine.build import Engine
 from dora_core.engine.distributed import World, bound_collectives, stop_with_launcher
 from dora_core.training.checkpoint import CheckpointError, CheckpointStore
+from dora_core.training.environment import describe_environment
 from dora_core.training.metrics import MetricLog, plot_losses
 from dora_core.training.progress import Progress
-
-T = TypeVar("T")
+from dora_core.training.speed import Speedometer
 
 EXIT_STOPPED = 75
 """Exit status of a run that was told to stop, saved and can be resumed (EX_TEMPFAIL)."""
-
-_PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "safetensors", "datasets", "numpy", "dora-finetuning")
 
 
 class TrainingDivergedError(ValueError):
@@ -49,8 +43,7 @@ class Run:
         self._log: MetricLog | None = None
         self._lock: Any = None
         self._bar: Any = None
-        self._data_wait_s = 0.0
-        self._window: dict[str, float] = {}
+        self.speed = Speedometer()
 
     @classmethod
     @contextmanager
@@ -101,7 +94,7 @@ class Run:
             self.say(f"resumed from {self.checkpoints.path(step)}")
         if self._log is not None:
             self._log.drop_after(progress.step)
-        self._restart_window(progress)
+        self.speed.restart(progress)
         return progress
 
     def save(self, engine: Engine, progress: Progress) -> None:
@@ -112,18 +105,6 @@ class Run:
                 self.config.train.keep_last, progress.best_step if self.config.train.keep_best else None
             )
 
-    def waiting_for(self, batches: Iterable[T]) -> Iterator[T]:
-        """Pass batches through and count the time spent waiting for them."""
-        iterator = iter(batches)
-        while True:
-            started = time.perf_counter()
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            self._data_wait_s += time.perf_counter() - started
-            yield item
-
     def log_step(
         self, engine: Engine, progress: Progress, num_steps: int, loss_sum: torch.Tensor, **values: Any
     ) -> None:
@@ -133,7 +114,7 @@ class Run:
         """
         if (engine.num_skipped_in_row >= 10 and engine.train.precision != "fp16") or engine.num_skipped_in_row >= 40:
             raise TrainingDivergedError(
-                f"The gradient was not finite for {engine.num_skipped_in_row} steps in a row up to step {progress.step}. "
+                f"The gradient was not finite for {engine.num_skipped_in_row} steps in a row, up to {progress.step}. "
                 "Lower train.lr, set train.clip_grad_norm, or use train.precision: bf16 or fp32."
             )
         if self._bar is not None:
@@ -143,29 +124,19 @@ class Run:
         (total,) = self.world.sum([float(loss_sum)])
         if self._log is None:
             return
-        seconds = time.perf_counter() - self._window["started"]
-        steps = max(1, progress.step - self._window["step"])
-        row = {
-            "loss": total / max(1.0, values.pop("num_targets")),
-            **values,
-            "num_tokens": progress.num_tokens,
-            "tokens_per_s": (progress.num_tokens - self._window["tokens"]) / seconds,
-            "step_time_s": seconds / steps,
-            "data_wait": self._data_wait_s / seconds,
-        }
-        if torch.cuda.is_available():
-            row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        row = {"loss": total / max(1.0, values.pop("num_targets")), **values, "num_tokens": progress.num_tokens}
+        row |= self.speed.read(progress)
         self._log.write(progress.step, row)
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s']:,.0f} tokens/s")
-        self._restart_window(progress)
+        self.speed.restart(progress)
 
     def log(self, progress: Progress, **values: Any) -> None:
         """Write other numbers for this step."""
         if self._log is not None:
             self._log.write(progress.step, values)
             self.say(f"step {progress.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
-        self._restart_window(progress)
+        self.speed.restart(progress)
 
     @contextmanager
     def progress_bar(self, progress: Progress, num_steps: int) -> Iterator[None]:
@@ -225,54 +196,28 @@ class Run:
             ) from None
         if self.config.run.resume == "never" and self.checkpoints.steps():
             raise ConfigError(
-                f"{self.folder} already holds checkpoints (last step {self.checkpoints.steps()[-1]}). Set run.resume: auto "
-                "to go on, or another run.name to start anew."
+                f"{self.folder} already holds checkpoints (last step {self.checkpoints.steps()[-1]}). Set run.resume: "
+                "auto to go on, or another run.name to start anew."
             )
         if self.config.run.resume == "never":
             (self.folder / "metrics.jsonl").unlink(missing_ok=True)
         self.checkpoints.clean()
         path = self.folder / "config.yaml"
-        text = dump_config(self.config)
-        if path.is_file() and self.config.run.resume != "never":
-            self._say_changes(read_yaml(path), text)
-        path.write_text(text, encoding="utf-8")
+        before = read_yaml(path) if path.is_file() and self.config.run.resume != "never" else None
+        path.write_text(dump_config(self.config), encoding="utf-8")
+        if before is not None:
+            self._say_changes(before, read_yaml(path))
         (self.folder / "environment.json").write_text(
-            json.dumps(self._environment(), indent=2) + "\n", encoding="utf-8"
+            json.dumps(describe_environment(self.world.size), indent=2) + "\n", encoding="utf-8"
         )
         self._log = MetricLog(self.folder, self.config.log, self.config.run.name)
 
-    def _say_changes(self, before: dict[str, Any], text: str) -> None:
-        from ruamel.yaml import YAML
-
-        now = YAML(typ="safe", pure=True).load(text)
+    def _say_changes(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         for section, values in now.items():
             for key, value in values.items():
                 old = before.get(section, {}).get(key)
                 if old != value and (section, key) != ("run", "resume"):
                     self.say(f"note: {section}.{key} was {old!r} and is now {value!r}")
-
-    def _environment(self) -> dict[str, Any]:
-        from dora_core.evaluation.results import commit_hash
-
-        versions = {}
-        for package in _PACKAGES:
-            try:
-                versions[package] = version(package)
-            except PackageNotFoundError:
-                continue
-        hardware = (
-            torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-        )
-        return {
-            "command": shlex.join(sys.argv),
-            "commit": commit_hash(),
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "hardware": hardware,
-            "num_cpus": os.cpu_count(),
-            "world_size": self.world.size,
-            "versions": versions,
-        }
 
     def _close(self) -> None:
         if self._log is not None:
@@ -280,35 +225,10 @@ class Run:
         if self._lock is not None:
             self._lock.close()
 
-    def _restart_window(self, progress: Progress) -> None:
-        self._window = {"started": time.perf_counter(), "step": progress.step, "tokens": progress.num_tokens}
-        self._data_wait_s = 0.0
-
     def _request_stop(self, number: int, frame: Any) -> None:
         if self.stop_requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.stop_requested = True
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Run a training script: a user's mistake ends in one message and exit status 2, on however many ranks."""
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        if os.environ.get("DORA_TRACEBACK"):
-            raise
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # rank 0 mostly says the same first, and the launcher then ends this process
-        exit_with_message(error)
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            _leave_group(sys.exc_info()[0])
-
-
-def _leave_group(error: type[BaseException] | None) -> None:
-    # After a failure the other ranks may be waiting in a collective; destroying the group would wait for them.
-    if error is None or error is SystemExit:
-        torch.distributed.destroy_process_group()
 
 
 def _stop_signals() -> tuple[signal.Signals, ...]:

@@ -82,7 +82,7 @@ def test_pruning_keeps_the_last_and_the_best(store):
     assert store.steps() == [10, 30, 40]
 
 
-def save_for_ever(folder: Path, started) -> None:  # noqa: ANN001 (a multiprocessing event)
+def save_for_ever(folder: Path, started) -> None:
     store = CheckpointStore(folder)
     started.set()
     for step in range(1, 10_000):

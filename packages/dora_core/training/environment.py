@@ -1,0 +1,37 @@
+"""What a run depended on beside its configuration: code, machine and library versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from dora_core.evaluation.results import commit_hash
+
+_PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "safetensors", "datasets", "numpy", "dora-finetuning")
+
+
+def describe_environment(world_size: int) -> dict[str, Any]:
+    """Return command, commit, machine and versions as plain data."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    cuda = torch.cuda.is_available()
+    return {
+        "command": shlex.join(sys.argv),
+        "commit": commit_hash(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "hardware": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "num_cpus": os.cpu_count(),
+        "world_size": world_size,
+        "versions": versions,
+    }
