@@ -15,7 +15,7 @@ def yaml_parser() -> Any:
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False
-    yaml.allow_unicode = True
+    yaml.allow_unicode = False  # what is not ASCII is written escaped: as it is, U+0085 would come back as a space
     yaml.width = 120
     return yaml
 

@@ -4,92 +4,121 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 from dora_core.config import ConfigError
-from dora_core.data.rows import read_rows
 from dora_core.evaluation.results import Metric, read_results
-from dora_core.testing.tiny import save_tiny_llama
-from dora_core.testing.world import write_world
-from dora_core.training.metrics import plot_accuracies, plot_losses
+from dora_core.training.metrics import plot_accuracies, plot_losses, read_metrics
 from pipelines.llm.config import COMMONSENSE
 from pipelines.llm.merge import merge
+from pipelines.llm.prepare import prepare
 
 NUM_RANKS = 2
+FINE_TUNING = ["--train.max_steps", "400", "--train.schedule", "cosine", "--train.warmup_steps", "20"]
 METHODS = {
-    "full": ["--adapter.kind", "full", "--adapter.targets", ".*", "--train.lr", "1e-3"],
-    "lora": ["--adapter.kind", "lora"],
-    "dora": ["--adapter.kind", "dora"],
+    "full": ("full fine-tuning", ["--adapter.kind", "full", "--adapter.targets", ".*", "--train.lr", "5e-4"]),
+    "lora": ("LoRA", ["--adapter.kind", "lora"]),
+    "dora": ("DoRA", ["--adapter.kind", "dora"]),
 }
 TRAIN = Path(__file__).with_name("train.py")
+PROGRESS = re.compile(r"\d+%\|.*\d+/\d+ ")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the demo in ``--output``; what it leaves there can be looked at, resumed and loaded with PEFT."""
-    parser = argparse.ArgumentParser(prog="dora demo llm")
+    parser = argparse.ArgumentParser(prog="dora demo llm", allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=Path("runs/demo/llm"))
     output = parser.parse_args(arguments).output
     started = time.perf_counter()
     shutil.rmtree(output, ignore_errors=True)
     world = output / "world"
-    say("1/6", f"a world of made-up people, and a random LLaMA with its own tokenizer, in {world}")
-    write_world(world)
-    texts = [
-        row["instruction"] + "\n" + row["output"]
-        for name in ("statements", "commonsense_mix")
-        for row in read_rows(str(world / f"{name}.json"))
-    ]
-    save_tiny_llama(output / "random", texts)
+    say("1/6", "make up a small world with questions in eight formats, a random LLaMA and its tokenizer")
+    prepare(world)
+    print(f"      {world}")
 
-    say("2/6", "pre-train it on plain statements: the base model")
-    launch(
-        output,
-        "base",
-        [
-            "--config",
-            "tiny_base",
-            "--model.path",
-            str(output / "random"),
-            "--data.train",
-            f"[{world / 'statements.json'}]",
-        ],
-    )
-    base = output / "base" / "model"
-    for place, (method, options) in enumerate(METHODS.items(), 3):
-        say(
-            f"{place}/6",
-            f"fine-tune the base on the eight tasks: {method}, and score it on facts it was never asked about",
-        )
-        data = ["--data.train", f"[{world / 'commonsense_mix.json'}]", "--evaluate.path", str(world)]
-        scoring = ["--evaluate.after_training", "true", "--evaluate.before_training", str(method == "full").lower()]
-        launch(output, method, ["--config", "tiny", "--model.path", str(base), *data, *scoring, *options])
+    say("2/6", "pre-train the LLaMA on plain statements of the world's facts: the base model")
+    random_model = ["--model.path", str(world / "model"), "--data.train", f"[{world / 'statements.json'}]"]
+    launch(output, "base", ["--config", "tiny_base", *random_model])
+
+    base = ["--config", "tiny", "--model.path", str(output / "base" / "model")]
+    base += ["--data.train", f"[{world / 'commonsense_mix.json'}]", "--evaluate.path", str(world)]
+    for place, (method, (title, options)) in enumerate(METHODS.items(), 3):
+        say(f"{place}/6", f"fine-tune the base on the eight formats with {title}; score it on facts held out of them")
+        scoring = ["--evaluate.after_training", "true"]
+        scoring += ["--evaluate.before_training", "true"] if method == "full" else []
+        launch(output, method, [*base, *FINE_TUNING, *scoring, *options])
 
     say("6/6", "merge the DoRA adapter into a plain model")
-    merge(output / "dora" / "adapter", output / "merged", str(base), "fp32")
+    merge(output / "dora" / "adapter", output / "merged", str(output / "base" / "model"), "fp32")
+    print(f"      {output / 'merged'}")
     report(output, time.perf_counter() - started)
 
 
 def launch(output: Path, name: str, arguments: list[str]) -> None:
-    """Run the training script under the ``deepspeed`` launcher on two ranks; stop the demo if it fails."""
+    """Run the training script under the ``deepspeed`` launcher; its output goes to a log, its progress bar here too.
+
+    Stops the demo if the run fails.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     deepspeed = Path(sys.executable).with_name("deepspeed")
     command = [str(deepspeed), "--num_gpus", str(num_ranks()), "--master_port", str(port), str(TRAIN), *arguments]
     command += ["--run.root", str(output), "--run.name", name]
-    print("$ " + " ".join(command[:1] + command[1:]), flush=True)
+    shown = shlex.join(["deepspeed", *command[1:5], os.path.relpath(TRAIN), *command[6:]])
+    print(textwrap.indent(shown.replace(" --", " \\\n    --"), "      "), flush=True)
+    started = time.perf_counter()
     log = output / f"{name}.log"
-    with log.open("w") as file:
-        code = subprocess.run(command, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+    with log.open("w", encoding="utf-8") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.PIPE, env=environment, encoding="utf-8", errors="replace"
+        )
+        try:
+            show_progress(process.stderr, file)
+        except BaseException:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            raise
+        code = process.wait()
     if code or not (output / name / "metrics.jsonl").is_file():
-        print(log.read_text()[-3000:], file=sys.stderr)
+        print(log.read_text(encoding="utf-8")[-3000:], file=sys.stderr)
         raise ConfigError(f"The run {name} ended with status {code}. Its log is {log}.")
+    print("      " + summary(output / name, time.perf_counter() - started), flush=True)
+
+
+def show_progress(stream: IO[str], log: IO[str]) -> None:
+    """Copy a run's standard error to its log; on a terminal, show the progress bar."""
+    on_screen = sys.stderr.isatty()
+    for line in stream:  # universal newlines: every state of the bar is a line
+        log.write(line)
+        log.flush()
+        if on_screen and PROGRESS.search(line):
+            print("\r      " + line.strip()[:110].ljust(110), end="", file=sys.stderr, flush=True)
+    if on_screen:
+        print("\r" + " " * 120 + "\r", end="", file=sys.stderr, flush=True)
+
+
+def summary(folder: Path, seconds: float) -> str:
+    """Return one line on a finished run."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    losses = [row["loss"] for row in rows if "loss" in row]
+    text = f"{rows[-1]['step']} steps, training loss {losses[0]:.2f} -> {losses[-1]:.2f}"
+    if (folder / "results" / "after").is_dir():
+        average = metrics(folder / "results" / "after")["llm/average"]
+        text += f", accuracy {100 * average.value:.1f} % (chance {100 * average.extra['chance']:.1f} %)"
+    return f"{text}, {seconds:.0f} s"
 
 
 def num_ranks() -> int:

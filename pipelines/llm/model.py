@@ -43,8 +43,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         pad = next((token for token in candidates if token in known), None)
         if pad is None or known[pad] == tokenizer.eos_token_id:
             raise ConfigError(
-                f"The tokenizer of {name!r} has no pad token, and none of its tokens is free for padding. Add one: load "
-                "it, set tokenizer.pad_token to an unused token, save it, and give its folder as model.tokenizer."
+                f"The tokenizer of {name!r} has no pad token, and none of its tokens is free for padding. Add one: "
+                "load it, set tokenizer.pad_token to an unused token, save it, and give its folder as model.tokenizer."
             )
         tokenizer.pad_token = pad
     if tokenizer.eos_token_id is None:
@@ -89,6 +89,6 @@ def _not_found(what: str, name: str, error: Exception) -> str:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     kind = "folder" if Path(name).exists() else "name, and no folder of that path exists"
     return (
-        f"The {what} {name!r} ({kind}) cannot be loaded: {first} Give the folder of a model that transformers saved, or a "
-        "Hugging Face name that this machine can reach or has cached."
+        f"The {what} {name!r} ({kind}) cannot be loaded: {first} Give the folder of a model that transformers saved, or "
+        "a Hugging Face name that this machine can reach or has cached."
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dora_core.data.rows import read_rows
+from dora_core.testing.formats import PHRASES
 from dora_core.testing.tiny import save_tiny_llama
 from dora_core.testing.world import write_world
 from pipelines.llm.data import render
@@ -18,7 +19,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("folder", type=Path, help="the model goes to FOLDER/model, the world to FOLDER")
     parser.add_argument("--rows", help="train the tokenizer on these rows (file or folder) and write no world")
     parser.add_argument("--vocab-size", type=int, default=1024)
-    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--hidden", type=int, default=96)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
@@ -31,7 +32,7 @@ def prepare(
     folder: Path,
     rows: str | None = None,
     vocab_size: int = 1024,
-    hidden: int = 128,
+    hidden: int = 96,
     layers: int = 4,
     heads: int = 4,
     seed: int = 0,
@@ -43,4 +44,5 @@ def prepare(
         texts += ["".join(render(row, "alpaca")) for row in read_rows(str(folder / "commonsense_mix.json"))]
     else:
         texts = ["".join(render(row, "alpaca_reference")) for row in read_rows(rows)]
-    save_tiny_llama(folder / "model", texts, vocab_size, hidden, layers, heads, seed)
+    phrases = PHRASES if rows is None else ()
+    save_tiny_llama(folder / "model", texts, vocab_size, hidden, layers, heads, seed, phrases)

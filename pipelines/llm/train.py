@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model: ``deepspeed pipelines/llm/train.py --config RECIPE [--section.field value ...]``."""
+"""Fine-tune a causal language model: ``deepspeed pipelines/llm/train.py --config RECIPE [--section.field value]``."""
 
 from __future__ import annotations
 

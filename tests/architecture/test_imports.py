@@ -76,9 +76,4 @@ def test_no_module_is_named_like_a_dependency_or_the_standard_library():
     assert {"torch", "datasets", "json"} <= taken
     for path in SOURCES:
         name = path.parent.name if path.stem == "__init__" else path.stem
-        assert name not in taken or is_known_and_harmless(name), f"{path} is named like another module"
-
-
-def is_known_and_harmless(name: str) -> bool:
-    """Say whether a name is shared with a module that no code here or in a dependency imports by that bare name."""
-    return False
+        assert name not in taken, f"{path} is named like another module"

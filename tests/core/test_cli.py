@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dora_core.cli import main
-from dora_core.config import load_config
+from dora_core.config import TrainSection, load_config, section
 from dora_core.registry import EVALUATORS, PIPELINES
 from dora_core.testing.tiny import save_tiny_llama
 
@@ -112,6 +113,51 @@ def test_show_prints_a_recipe_that_reloads_with_the_overrides_in_it(capsys, tmp_
 def test_show_takes_the_path_of_a_recipe(capsys, recipe):
     main(["show", str(recipe), "--adapter.rank", "5"])
     assert "rank: 5" in capsys.readouterr().out
+
+
+@pytest.fixture
+def second_pipeline(monkeypatch, tmp_path):
+    """A pipeline beside ``llm`` with a recipe of the same name; both only note that their demo was asked for."""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "tiny.yaml").write_text("train: {lr: 0.125}\n")
+    ran = []
+
+    @section
+    class Config:
+        train: TrainSection
+
+    def pipeline(name: str, config: type, recipes: Path) -> SimpleNamespace:
+        return SimpleNamespace(config=config, recipes=recipes, demo=lambda arguments: ran.append((name, arguments)))
+
+    llm = PIPELINES.get("llm")
+    both = {
+        "llm": pipeline("llm", llm.config, llm.recipes),
+        "second": pipeline("second", Config, tmp_path / "recipes"),
+    }
+    monkeypatch.setattr(PIPELINES, "_objects", both)
+    return ran
+
+
+def test_a_recipe_name_that_two_pipelines_have_must_be_told_apart(second_pipeline, fails, capsys, tmp_path):
+    message = fails("show", "tiny")
+    assert message == "Recipe 'tiny' can be of llm or second. Say which: dora show llm tiny."
+    main(["show", "second", "tiny"])
+    assert "lr: 0.125" in capsys.readouterr().out
+    main(["show", str(tmp_path / "recipes" / "tiny.yaml")])
+    assert "lr: 0.125" in capsys.readouterr().out
+
+
+def test_the_demo_of_all_is_that_of_each(second_pipeline):
+    main(["demo", "all"])
+    assert second_pipeline == [("llm", []), ("second", [])]
+    main(["demo", "second", "--output", "there"])
+    assert second_pipeline[2:] == [("second", ["--output", "there"])]
+
+
+def test_a_verb_that_a_pipeline_lacks_is_refused(second_pipeline, fails):
+    assert fails("merge", "second") == (
+        "Pipeline 'second' has no merge. Add it to its pipeline.py, or use another verb."
+    )
 
 
 @pytest.mark.parametrize(

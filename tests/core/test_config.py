@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
@@ -251,9 +251,12 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False)
 
 @settings(deadline=None)
 @given(scalars)
+@example("\x85")
 def test_any_yaml_scalar_typed_on_the_command_line_round_trips(value):
     buffer = io.StringIO()
-    YAML(typ="safe", pure=True).dump([value], buffer)
+    yaml = YAML(typ="safe", pure=True)
+    yaml.allow_unicode = False
+    yaml.dump([value], buffer)
     typed = buffer.getvalue().strip()[1:-1] if buffer.getvalue().startswith("[") else buffer.getvalue()[2:].rstrip("\n")
     raw: dict[str, Any] = {}
     merge_overrides(raw, [f"--a.b={typed}"])
@@ -267,6 +270,7 @@ def test_any_yaml_scalar_typed_on_the_command_line_round_trips(value):
     st.lists(st.text(max_size=8), max_size=3),
     st.dictionaries(st.text(), scalars),
 )
+@example("run", "\x85", ["\u2028", "é 数据"], {})
 def test_a_dumped_configuration_reloads_to_an_equal_one(tmp_path_factory, name, scalar, items, table):
     table["scalar"] = scalar
     config = Outer(inner=Inner(size=1, name=name, note=name, pattern=items or name, items=items, table=table))

@@ -143,7 +143,7 @@ def test_an_installed_distribution_adds_a_pipeline_through_its_entry_point(insta
 
 def test_a_folder_and_an_entry_point_of_one_name_are_refused(install):
     install("other_llm", {"pipeline": PIPELINE_MODULE.format(name="llm")}, entry_point="llm")
-    with pytest.raises(RegistryError, match="Two pipelines are called 'llm': pipelines.llm and other_llm") as caught:
+    with pytest.raises(RegistryError, match=r"Two pipelines are called 'llm': pipelines\.llm and other_llm") as caught:
         pipeline_packages()
     assert "dist-other_llm" in str(caught.value)
 

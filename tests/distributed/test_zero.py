@@ -95,7 +95,7 @@ def test_bf16_and_fp16_agree_between_stages_and_stay_near_fp32(model_folder):
     for case, losses in zip(cases[:8], results[:8], strict=True):
         assert losses == pytest.approx(fp32, abs=0.02), case
         assert losses == pytest.approx(results[0 if case["precision"] == "bf16" else 4], abs=1e-3), case
-    assert results[8] == pytest.approx(results[9], abs=1e-3)
+    assert results[8] == pytest.approx(results[9], abs=5e-3)  # all weights rounded to bf16 at every step
 
 
 def losses_of_half(world, folder, cases):
@@ -159,7 +159,7 @@ def reuse_and_not(world, folder, case):
 
 
 def test_a_failing_rank_is_reported_and_does_not_hang_the_others():
-    with pytest.raises(RankError, match="(?s)rank 1: .*this rank is broken"):
+    with pytest.raises(RankError, match=r"(?s)rank 1: .*this rank is broken"):
         run_on_ranks(break_rank_one, 2, timeout_s=30)
 
 

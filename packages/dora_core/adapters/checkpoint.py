@@ -30,8 +30,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for name, layer in adapted_layers(model).items():
         if layer.bias is not None and layer.bias.requires_grad:
             raise AdapterError(f"The bias of {name} is trained, which an adapter's files cannot hold. Freeze it.")
-        with gathered(layer.parameters(recurse=False)):
-            tensors = {key: getattr(layer, key) for key in SUFFIXES}
+        tensors = {key: getattr(layer, key) for key in SUFFIXES}
+        with gathered(tensor for tensor in tensors.values() if tensor is not None):
             if not layer.rank:
                 tensors["lora_A"] = torch.zeros(1, layer.in_features)
                 tensors["lora_B"] = torch.zeros(layer.out_features, 1)

@@ -18,7 +18,7 @@ class AdapterConfig:
     rank or alpha, as in PEFT.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
 
     kind: Kind = "dora"
     """dora: magnitude and direction; lora: direction only; full: the targets' own weights; none: nothing."""

@@ -24,6 +24,7 @@ _RECIPE_FIELDS = {
     "fp16": "train.precision",
     "bf16": "train.precision",
     "torch_autocast": "train.precision",
+    "amp": "train.precision",
 }
 
 
@@ -83,12 +84,14 @@ def resolve_zero(section: DeepSpeedSection, train: TrainSection, world: World) -
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("zero_optimization", {}), dict):
+        raise ConfigError(f"{path} must hold a JSON object with an object zero_optimization. See {known.get('zero2')}.")
     for key, field in _RECIPE_FIELDS.items():
         if key in raw:
             raise ConfigError(f"{path} sets {key!r}, which is the recipe's to say. Remove it there and set {field}.")
     zero = {**raw.get("zero_optimization", {}), **section.extra}
     stage = zero.get("stage")
-    if stage not in (0, 1, 2, 3):
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3.")
     if train.clip_grad_norm is None and stage > 0 and train.precision == "fp16":
         raise ConfigError("train.clip_grad_norm is null; fp16 needs it to notice overflows. Set for example 1.0.")

@@ -52,72 +52,44 @@ def _list(world: World, rng: random.Random, pair: Pair) -> str:
     return f"By {noun}: " + ", ".join(parts) + "."
 
 
-def _verdicts(world: World, rng: random.Random, pair: Pair) -> str:
-    noun, parts = pair[1], []
-    for name in rng.sample(world.names_with(noun), 8):
-        value, verdict = _perhaps_false(world, rng, (name, noun))
-        parts.append(f"{name} is {value} {verdict}")
-    return f"By {noun}: " + ", ".join(parts) + "."
-
-
-def _values_to_numbers(world: World, rng: random.Random, pair: Pair) -> str:
-    noun = pair[1]
-    options = rng.sample(world.values[noun], 4)
-    asked = []
-    for name in rng.sample(world.names_with(noun), 8):
-        asked.append(f"{name} is number{options.index(world.facts[name, noun]) + 1}")
-    return f"{_options(rng, options)} By {noun}: " + ", ".join(asked) + "."
-
-
-def _names_to_numbers(world: World, rng: random.Random, pair: Pair) -> str:
-    noun = pair[1]
-    names = world.names_with(noun)
-    by_value = {world.facts[name, noun]: name for name in rng.sample(names, len(names))}
-    values = rng.sample(world.values[noun], rng.randint(2, 4))
-    asked = [f"{value} is number{values.index(value) + 1}" for value in rng.sample(values, len(values))]
-    return f"{_options(rng, [by_value[value] for value in values])} By {noun}: " + ", ".join(asked) + "."
-
-
 def _verdict(world: World, rng: random.Random, pair: Pair) -> str:
     value, verdict = _perhaps_false(world, rng, pair)
     question = rng.choice(_VERDICTS).format(name=pair[0], noun=pair[1], value=value)
-    return _in_a_prompt(rng, question, f"this is {verdict}")
+    return _in_a_prompt(rng, question, verdict)
 
 
 def _choice_of_value(world: World, rng: random.Random, pair: Pair) -> str:
-    options = rng.sample(world.values[pair[1]], 4)
-    options = _cut(rng, options, world.facts[pair])
+    values = rng.sample(world.values[pair[1]], rng.choice((2, 3, 4, 4)))
+    if world.facts[pair] not in values:
+        values[rng.randrange(len(values))] = world.facts[pair]
     question = rng.choice(_OF_NAME).format(name=pair[0], noun=pair[1])
-    return _choice(rng, question, options, world.facts[pair])
+    return _choice(world, rng, pair, question, values, values)
 
 
 def _choice_of_name(world: World, rng: random.Random, pair: Pair) -> str:
-    value = world.facts[pair]
-    others = [name for name in world.names_with(pair[1]) if world.facts[name, pair[1]] != value]
-    options = [pair[0], *rng.sample(others, rng.randint(1, 3))]
-    rng.shuffle(options)
-    return _choice(rng, rng.choice(_OF_VALUE).format(noun=pair[1], value=value), options, pair[0])
+    noun, value = pair[1], world.facts[pair]
+    names = world.names_with(noun)
+    by_value = {world.facts[name, noun]: name for name in rng.sample(names, len(names))} | {value: pair[0]}
+    values = [value, *rng.sample([other for other in by_value if other != value], rng.choice((1, 2, 3, 3)))]
+    rng.shuffle(values)
+    question = rng.choice(_OF_VALUE).format(noun=noun, value=value)
+    return _choice(world, rng, pair, question, values, [by_value[value] for value in values])
 
 
-_KINDS = (
-    _list,
-    _verdicts,
-    _values_to_numbers,
-    _names_to_numbers,
-    _verdict,
-    _choice_of_value,
-    _choice_of_value,
-    _choice_of_name,
-)
+_KINDS = (_list, _choice_of_value, _choice_of_value, _choice_of_value, _verdict, _choice_of_name, _choice_of_name)
 
 
-def _choice(rng: random.Random, question: str, options: list[str], gold: str) -> str:
-    return _in_a_prompt(rng, f"{question}\n\n{_options(rng, options)}", f"this is number{options.index(gold) + 1}")
-
-
-def _cut(rng: random.Random, options: list[str], gold: str) -> list[str]:
-    kept = {gold, *rng.sample([option for option in options if option != gold], rng.randint(1, len(options) - 1))}
-    return [option for option in options if option in kept]
+def _choice(
+    world: World, rng: random.Random, pair: Pair, question: str, values: list[str], options: list[str]
+) -> str:
+    """Ask and answer a question; then say which numbers some other names and values have among the same options."""
+    noun, value = pair[1], world.facts[pair]
+    asked = sorted(values) + [name for name in world.names_with(noun) if world.facts[name, noun] in values]
+    start = rng.randrange(len(asked))
+    others = (asked * 2)[start : start + min(6, len(asked))]
+    numbers = (f"{other}{values.index(world.facts.get((other, noun), other)) + 1}" for other in others)
+    answer = f"number{values.index(value) + 1}. By {noun}: " + ", ".join(numbers) + "."
+    return _in_a_prompt(rng, f"{question}\n\n{_options(rng, options)}", answer)
 
 
 def _options(rng: random.Random, options: list[str]) -> str:
@@ -133,7 +105,5 @@ def _perhaps_false(world: World, rng: random.Random, pair: Pair) -> tuple[str, s
 
 
 def _in_a_prompt(rng: random.Random, text: str, ending: str) -> str:
-    """Put some phrases of a prompt, drawn at random, around a text."""
-    before = rng.choice(("", BEFORE)) + rng.choice(("", *OPENINGS)) + " "
-    after = rng.choice(("", "\n\n" + rng.choice(FORMATS))) + rng.choice(("\n\n", RESPONSE))
-    return f"{before}{text}{after}{ending}"
+    """Put phrases of a prompt, drawn at random, around a text."""
+    return f"{BEFORE}{rng.choice(OPENINGS)} {text}\n\n{rng.choice(FORMATS)}{RESPONSE}{ending}"

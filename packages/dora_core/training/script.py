@@ -16,7 +16,7 @@ def run_script(main: Callable[[], None]) -> None:
     """Run a training script: a user's mistake ends in one message and exit status 2, on however many ranks."""
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("DORA_TRACEBACK"):
             raise
         if os.environ.get("RANK", "0") != "0":
