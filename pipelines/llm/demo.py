@@ -25,9 +25,12 @@ from pipelines.llm.merge import merge
 from pipelines.llm.prepare import prepare
 
 NUM_RANKS = 2
-FINE_TUNING = ["--train.max_steps", "400", "--train.schedule", "cosine", "--train.warmup_steps", "20"]
+FINE_TUNING = (
+    "--train.max_steps 800 --train.schedule cosine --train.warmup_steps 20 --train.global_batch_size 32 "
+    "--train.micro_batch_size 16 --train.eval_every 100 --train.save_every 400"
+).split()
 METHODS = {
-    "full": ("full fine-tuning", ["--adapter.kind", "full", "--adapter.targets", ".*", "--train.lr", "5e-4"]),
+    "full": ("full fine-tuning", ["--adapter.kind", "full", "--adapter.targets", ".*", "--train.lr", "1e-3"]),
     "lora": ("LoRA", ["--adapter.kind", "lora"]),
     "dora": ("DoRA", ["--adapter.kind", "dora"]),
 }

@@ -89,6 +89,6 @@ def _not_found(what: str, name: str, error: Exception) -> str:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     kind = "folder" if Path(name).exists() else "name, and no folder of that path exists"
     return (
-        f"The {what} {name!r} ({kind}) cannot be loaded: {first} Give the folder of a model that transformers saved, or "
-        "a Hugging Face name that this machine can reach or has cached."
+        f"The {what} {name!r} ({kind}) cannot be loaded: {first} Give the folder of a model that transformers saved, "
+        "or a Hugging Face name that this machine can reach or has cached."
     )

@@ -1,4 +1,4 @@
-"""Write a small random LLaMA with a tokenizer of its own, and a synthetic world of rows: ``dora prepare llm FOLDER``."""
+"""Write a small random LLaMA with a tokenizer of its own, and a synthetic world: ``dora prepare llm FOLDER``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("folder", type=Path, help="the model goes to FOLDER/model, the world to FOLDER")
     parser.add_argument("--rows", help="train the tokenizer on these rows (file or folder) and write no world")
     parser.add_argument("--vocab-size", type=int, default=1024)
-    parser.add_argument("--hidden", type=int, default=96)
+    parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
@@ -32,7 +32,7 @@ def prepare(
     folder: Path,
     rows: str | None = None,
     vocab_size: int = 1024,
-    hidden: int = 96,
+    hidden: int = 64,
     layers: int = 4,
     heads: int = 4,
     seed: int = 0,
@@ -40,8 +40,8 @@ def prepare(
     """Write ``folder/model``, and the world into ``folder`` unless ``rows`` names others for the tokenizer."""
     if rows is None:
         write_world(folder, seed=seed)
-        texts = [row["output"] for row in read_rows(str(folder / "statements.json"))]
-        texts += ["".join(render(row, "alpaca")) for row in read_rows(str(folder / "commonsense_mix.json"))]
+        rows_of = [row for name in ("statements", "commonsense_mix") for row in read_rows(str(folder / f"{name}.json"))]
+        texts = ["".join(render(row, "alpaca" if row["instruction"] else "plain")) for row in rows_of]
     else:
         texts = ["".join(render(row, "alpaca_reference")) for row in read_rows(rows)]
     phrases = PHRASES if rows is None else ()

@@ -29,6 +29,7 @@ from dora_core.engine.build import Engine, build_engine, recipe_groups
 from dora_core.engine.export import save_model
 from dora_core.engine.state import restore_weights
 from dora_core.engine.zero import resolve_zero
+from dora_core.training.metrics import plot_accuracies
 from dora_core.training.progress import Progress
 from dora_core.training.run import Run
 from dora_core.training.script import run_script
@@ -148,16 +149,17 @@ def export(run: Run, engine: Engine, tokenizer, cfg: LLMConfig, progress: Progre
 
 
 def score(run: Run, engine: Engine, tokenizer, cfg: LLMConfig, when: str) -> None:
-    """Score the model on the recipe's benchmarks into ``results/<when>``."""
+    """Score the model on the recipe's benchmarks into ``results/<when>``. Every rank must call it."""
+    folder = run.folder / "results" / when
     with reuse_norms(engine.module), engine.evaluating():
-        evaluate_model(
-            engine.module,
-            tokenizer,
-            cfg.evaluate,
-            cfg.data.template,
-            run.folder / "results" / when,
-            synced=engine.stage == 3,
+        metrics = evaluate_model(
+            engine.module, tokenizer, cfg.evaluate, cfg.data.template, folder, synced=engine.stage == 3
         )
+    if run.world.is_main:
+        names = {metric.name: metric.name.removeprefix("llm/") for metric in metrics}
+        accuracies = {names[metric.name]: metric.value for metric in metrics}
+        chance = {names[metric.name]: metric.extra["chance"] for metric in metrics}
+        plot_accuracies({cfg.run.name: accuracies}, chance, folder / "accuracy.png")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

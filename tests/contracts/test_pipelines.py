@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,27 @@ def test_activation_checkpointing_does_not_change_the_losses(pipeline):
     assert train(pipeline, 1, "recomputed", **{"train.gradient_checkpointing": "true"}) == pytest.approx(
         expected, abs=1e-6
     )
+
+
+def test_the_best_checkpoint_is_kept_and_exported_when_the_last_is_worse(pipeline):
+    too_fast = {
+        "train.lr": 0.3,
+        "train.max_steps": 6,
+        "train.eval_every": 1,
+        "train.save_every": 6,
+        "train.keep_last": 1,
+    }
+    train(pipeline, 1, "worse", **too_fast)
+    folder = pipeline[1] / "runs" / "worse"
+    store = CheckpointStore(folder / "checkpoints")
+    progress = json.loads((store.path(6) / "state.json").read_text())["progress"]
+    assert progress["best_step"] < 6
+    assert store.steps() == [progress["best_step"], 6]
+    exported = load_file(folder / "adapter" / "adapter_model.safetensors")
+    magnitudes = {
+        name: value for name, value in store.weights(progress["best_step"]).items() if name.endswith("magnitude")
+    }
+    assert magnitudes
+    for name, value in magnitudes.items():
+        key = "base_model.model." + name.replace(".magnitude", ".lora_magnitude_vector")
+        assert (exported[key] == value).all()

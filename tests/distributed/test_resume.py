@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from cases import make_engine, progress_at, train_steps
 
 from dora_core.engine.state import gather_state
 from dora_core.testing.ranks import RankError, run_on_ranks
-from dora_core.training.checkpoint import CheckpointStore
+from dora_core.training.checkpoint import CheckpointError, CheckpointStore
 
 DROPOUT = {"dropout": 0.1}
 
@@ -83,3 +85,30 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_name(model_folder, 
         run_on_ranks(second_part, 1, model_folder, tmp_path, {"adapter": {"targets": ["q_proj"]}})
     with pytest.raises(RankError, match=r"lora_A has shape \(4, 32\), this configuration's \(8, 32\)"):
         run_on_ranks(second_part, 1, model_folder, tmp_path, {"adapter": {"rank": 8}})
+
+
+def save_on_a_full_disk(world, model, folder):
+    store = CheckpointStore(Path(folder))
+    engine = make_engine(world, model, {"stage": 2})
+    store.save(engine, progress_at(1))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+        store.save(engine, progress_at(2))
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    return "saved"
+
+
+def test_a_full_disk_is_one_clear_error_on_every_rank_and_costs_no_older_checkpoint(model_folder, tmp_path):
+    for said in run_on_ranks(save_on_a_full_disk, 2, model_folder, tmp_path):
+        assert "The checkpoint of step 2 could not be written" in said
+        assert "Older checkpoints are whole" in said
+    store = CheckpointStore(tmp_path)
+    assert store.steps() == [1]
+    assert store.newest() == 1
+    assert not list(tmp_path.glob(".tmp-*"))

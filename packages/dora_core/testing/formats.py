@@ -1,4 +1,4 @@
-"""The eight commonsense task formats as the synthetic world fills them, and the phrases that all their prompts share."""
+"""The eight commonsense task formats as the synthetic world fills them, and the phrases of their prompts."""
 
 from dataclasses import dataclass
 

@@ -79,9 +79,7 @@ def _choice_of_name(world: World, rng: random.Random, pair: Pair) -> str:
 _KINDS = (_list, _choice_of_value, _choice_of_value, _choice_of_value, _verdict, _choice_of_name, _choice_of_name)
 
 
-def _choice(
-    world: World, rng: random.Random, pair: Pair, question: str, values: list[str], options: list[str]
-) -> str:
+def _choice(world: World, rng: random.Random, pair: Pair, question: str, values: list[str], options: list[str]) -> str:
     """Ask and answer a question; then say which numbers some other names and values have among the same options."""
     noun, value = pair[1], world.facts[pair]
     asked = sorted(values) + [name for name in world.names_with(noun) if world.facts[name, noun] in values]

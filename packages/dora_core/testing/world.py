@@ -162,7 +162,7 @@ class World:
 def write_world(
     folder: str | Path,
     seed: int = 0,
-    num_train_per_task: int = 400,
+    num_train_per_task: int = 1000,
     num_test_per_task: int = 40,
     num_statements: int = 12_000,
 ) -> World:
@@ -178,7 +178,8 @@ def write_world(
     random.Random(f"{seed}/mix").shuffle(mix)
     write_rows(folder / "commonsense_mix.json", mix)
     statements = (
-        {"instruction": "", "input": "", "output": text, "answer": ""} for text in world.statements(num_statements)
+        {"instruction": asked, "input": "", "output": stated, "answer": ""}
+        for asked, stated in world.statements(num_statements)
     )
     write_rows(folder / "statements.json", statements)
     return world
