@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from transformers.utils.logging import disable_progress_bar
+
 from dora_core.config import ConfigError
 from dora_core.evaluation.results import Metric, read_results
 from dora_core.training.metrics import plot_accuracies, plot_losses, read_metrics
@@ -25,12 +27,13 @@ from pipelines.llm.merge import merge
 from pipelines.llm.prepare import prepare
 
 NUM_RANKS = 2
-FINE_TUNING = (
-    "--train.max_steps 800 --train.schedule cosine --train.warmup_steps 20 --train.global_batch_size 32 "
-    "--train.micro_batch_size 16 --train.eval_every 100 --train.save_every 400"
-).split()
+FINE_TUNING = [
+    *("--train.max_steps", "650", "--train.schedule", "cosine", "--train.warmup_steps", "20"),
+    *("--train.global_batch_size", "32", "--train.micro_batch_size", "16"),
+    *("--train.eval_every", "100", "--train.save_every", "650"),
+]
 METHODS = {
-    "full": ("full fine-tuning", ["--adapter.kind", "full", "--adapter.targets", ".*", "--train.lr", "1e-3"]),
+    "full": ("full fine-tuning", ["--adapter.kind", "full", "--adapter.targets", ".*", "--train.lr", "5e-4"]),
     "lora": ("LoRA", ["--adapter.kind", "lora"]),
     "dora": ("DoRA", ["--adapter.kind", "dora"]),
 }
@@ -43,6 +46,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="dora demo llm", allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=Path("runs/demo/llm"))
     output = parser.parse_args(arguments).output
+    disable_progress_bar()  # those of saving a model of two megabytes
     started = time.perf_counter()
     shutil.rmtree(output, ignore_errors=True)
     world = output / "world"
@@ -64,7 +68,6 @@ def main(arguments: Sequence[str]) -> None:
 
     say("6/6", "merge the DoRA adapter into a plain model")
     merge(output / "dora" / "adapter", output / "merged", str(output / "base" / "model"), "fp32")
-    print(f"      {output / 'merged'}")
     report(output, time.perf_counter() - started)
 
 
@@ -79,8 +82,9 @@ def launch(output: Path, name: str, arguments: list[str]) -> None:
     deepspeed = Path(sys.executable).with_name("deepspeed")
     command = [str(deepspeed), "--num_gpus", str(num_ranks()), "--master_port", str(port), str(TRAIN), *arguments]
     command += ["--run.root", str(output), "--run.name", name]
-    shown = shlex.join(["deepspeed", *command[1:5], os.path.relpath(TRAIN), *command[6:]])
-    print(textwrap.indent(shown.replace(" --", " \\\n    --"), "      "), flush=True)
+    shown = shlex.join(["deepspeed", *command[1:5], os.path.relpath(TRAIN)])
+    shown += " " + shlex.join(command[6:]).replace(" --", " \\\n    --")
+    print(textwrap.indent(shown, "      $ ", lambda line: line.startswith("deepspeed")), flush=True)
     started = time.perf_counter()
     log = output / f"{name}.log"
     with log.open("w", encoding="utf-8") as file:
@@ -142,6 +146,8 @@ def report(output: Path, seconds: float) -> None:
         cells = "".join(f"{100 * m[name].value:>10.1f} ± {100 * m[name].stderr:<3.1f}" for m in scores.values())
         lines.append(f"{name.removeprefix('llm/'):<16}{100 * chance[name]:>8.1f}{cells}")
     table = "\n".join(lines)
+    unread = {method: m["llm/average"].extra["num_unparsed"] for method, m in scores.items()}
+    table += "\nanswers that name no option: " + ", ".join(f"{method} {count}" for method, count in unread.items())
     print("\n" + table)
     (output / "table.txt").write_text(table + "\n", encoding="utf-8")
     short = {name.removeprefix("llm/"): value for name, value in chance.items()}

@@ -19,7 +19,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("folder", type=Path, help="the model goes to FOLDER/model, the world to FOLDER")
     parser.add_argument("--rows", help="train the tokenizer on these rows (file or folder) and write no world")
     parser.add_argument("--vocab-size", type=int, default=1024)
-    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--hidden", type=int, default=96)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
@@ -32,7 +32,7 @@ def prepare(
     folder: Path,
     rows: str | None = None,
     vocab_size: int = 1024,
-    hidden: int = 64,
+    hidden: int = 96,
     layers: int = 4,
     heads: int = 4,
     seed: int = 0,

@@ -65,7 +65,7 @@ def train(cfg: LLMConfig) -> None:
             lengths=[len(row.input_ids) for row in rows] if cfg.data.group_by_length and not cfg.data.packing else None,
         )
         num_steps = plan.num_steps(cfg.train.num_epochs, cfg.train.max_steps)
-        progress = run.resume(engine)
+        progress = run.resume(engine, num_steps, f"{data_report.dataset_hash}, {len(items)} items")
         collate = make_collate(cfg.data, tokenizer.pad_token_id, cfg.model.attention)
         loader = StepLoader(
             plan, items, collate, start_step=progress.step, end_step=num_steps, num_workers=cfg.data.num_workers
@@ -73,7 +73,7 @@ def train(cfg: LLMConfig) -> None:
         if cfg.evaluate.before_training and progress.step == 0:
             score(run, engine, tokenizer, cfg, "before")
 
-        with reuse_norms(engine.module), run.progress_bar(progress, num_steps):
+        with reuse_norms(engine.module), run.stepping(progress, num_steps):
             for batches in run.speed.waiting_for(loader):
                 learning_rates = engine.begin_step(progress.step, num_steps)
                 counts = [
@@ -102,7 +102,8 @@ def train(cfg: LLMConfig) -> None:
                     loss = validation_loss(engine, validation, collate, cfg.train.micro_batch_size)
                     progress.note_validation(loss)
                     run.log(progress, validation_loss=loss)
-                if progress.due(cfg.train.save_every, num_steps) or progress.step == progress.best_step:
+                is_best = cfg.train.keep_best and progress.step == progress.best_step
+                if progress.due(cfg.train.save_every, num_steps) or is_best:
                     run.save(engine, progress)
                 if stop:
                     run.leave_stopped(engine, progress)

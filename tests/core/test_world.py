@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dora_core.testing import world as world_module
+from dora_core.testing.formats import PHRASES
 from dora_core.testing.tiny import save_tiny_llama, tiny_llama, train_tokenizer
 from dora_core.testing.world import TASKS, World, write_world
 
@@ -186,7 +187,7 @@ def test_sizes_that_cannot_fill_the_formats_are_refused(world: World) -> None:
 
 def test_a_saved_tiny_llama_and_its_tokenizer_load_again(tmp_path: Path, world: World) -> None:
     texts = world.statements(400) + [row["instruction"] for row in world.rows("piqa", "train", 20)]
-    model, _ = save_tiny_llama(tmp_path, texts, hidden=32, layers=1, heads=2)
+    model, _ = save_tiny_llama(tmp_path, texts, hidden=32, layers=1, heads=2, phrases=PHRASES)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.is_fast
     assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, None)
@@ -197,6 +198,11 @@ def test_a_saved_tiny_llama_and_its_tokenizer_load_again(tmp_path: Path, world: 
         assert tokenizer.decode(ids[1:]) == text
     known = {*world.names, *world.values, *(value for its in world.values.values() for value in its)}
     assert all(len(tokenizer(f" {word}", add_special_tokens=False).input_ids) == 1 for word in known)
+    assert all(len(tokenizer(phrase, add_special_tokens=False).input_ids) == 1 for phrase in PHRASES)
+    encoded = tokenizer(texts[-1] + PHRASES[1] + "end", return_offsets_mapping=True)
+    spelled = [(texts[-1] + PHRASES[1] + "end")[start:end] for start, end in encoded.offset_mapping]
+    assert "".join(spelled) == texts[-1] + PHRASES[1] + "end"
+    assert PHRASES[1] in spelled
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     input_ids = torch.tensor([tokenizer(texts[0]).input_ids])
     assert torch.equal(model.eval()(input_ids).logits, loaded.eval()(input_ids).logits)

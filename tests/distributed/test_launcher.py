@@ -64,6 +64,7 @@ def folder(tmp_path):
 def test_sigterm_to_the_launcher_saves_stops_every_rank_and_the_run_goes_on(folder):
     run = f"stopped-{os.getpid()}"
     overrides = ["--run.name", run, "--train.max_steps", "5000", "--train.save_every", "5000", "--train.log_every", "1"]
+    overrides += ["--data.num_workers", "2"]
     metrics = folder / "runs" / run / "metrics.jsonl"
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command(*overrides), cwd=folder, stdout=log, stderr=log, env=environment())
@@ -95,19 +96,33 @@ def test_sigterm_to_the_launcher_saves_stops_every_rank_and_the_run_goes_on(fold
     assert (folder / "runs" / run / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_one_process_that_is_told_to_stop_saves_and_exits_with_status_75(folder):
+def test_a_whole_process_tree_that_is_told_to_stop_saves_and_exits_with_status_75(folder):
     run = folder / "runs" / "alone"
     words = [sys.executable, "-m", "dora_core.cli", "train", "llm", "--config", "tiny", "--run.name", "alone"]
     words += ["--train.max_steps", "5000", "--train.save_every", "5000", "--train.log_every", "1"]
+    words += ["--data.num_workers", "2"]  # they get the signal too
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(words, cwd=folder, stdout=log, stderr=log, env=environment())
+        process = subprocess.Popen(words, cwd=folder, stdout=log, stderr=log, env=environment(), start_new_session=True)
         metrics = run / "metrics.jsonl"
         assert wait_until(lambda: metrics.is_file() and len(read_metrics(metrics)) >= 3, 120), (
             folder / "log"
         ).read_text()
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)
         assert process.wait(60) == 75
     assert CheckpointStore(run / "checkpoints").newest() is not None
+    assert "Traceback" not in (folder / "log").read_text()
+
+
+def test_a_run_that_is_told_to_stop_while_it_scores_stops(folder):
+    words = [sys.executable, "-m", "dora_core.cli", "train", "llm", "--config", "tiny", "--run.name", "scoring"]
+    words += ["--evaluate.before_training", "true", "--evaluate.num_beams", "16", "--evaluate.max_new_tokens", "200"]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(words, cwd=folder, stdout=log, stderr=log, env=environment())
+        assert wait_until((folder / "runs" / "scoring" / "config.yaml").is_file, 120)
+        time.sleep(4)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 75
+    assert not (folder / "runs" / "scoring" / "checkpoints").exists()
     assert "Traceback" not in (folder / "log").read_text()
 
 

@@ -87,6 +87,39 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_name(model_folder, 
         run_on_ranks(second_part, 1, model_folder, tmp_path, {"adapter": {"rank": 8}})
 
 
+def save_where_a_file_is(world, model, folder):
+    store = CheckpointStore(Path(folder) / "file")
+    if world.is_main:
+        store.folder.write_text("in the way")
+    world.barrier()
+    try:
+        store.save(make_engine(world, model, {"stage": 2}), progress_at(1))
+    except CheckpointError as error:
+        return str(error)
+    return "saved"
+
+
+def test_what_only_rank_0_cannot_write_is_an_error_on_every_rank(model_folder, tmp_path):
+    for said in run_on_ranks(save_where_a_file_is, 2, model_folder, tmp_path):
+        assert "could not be written" in said
+        assert "rank 0: " in said
+
+
+def restore_with(world, model, folder, facts):
+    store = CheckpointStore(Path(folder))
+    engine = make_engine(world, model, {})
+    if not store.steps():
+        store.save(engine, progress_at(1), {"data": "abc", "train.optimizer": "adamw"})
+    return store.restore(engine, 1, facts).step
+
+
+def test_a_run_goes_on_only_with_its_own_rows_and_optimizer(model_folder, tmp_path):
+    same = {"data": "abc", "train.optimizer": "adamw"}
+    assert run_on_ranks(restore_with, 1, model_folder, tmp_path, same) == [1]
+    with pytest.raises(RankError, match=r"written with train\.optimizer 'adamw'; it is now 'sgd'"):
+        run_on_ranks(restore_with, 1, model_folder, tmp_path, {**same, "train.optimizer": "sgd"})
+
+
 def save_on_a_full_disk(world, model, folder):
     store = CheckpointStore(Path(folder))
     engine = make_engine(world, model, {"stage": 2})

@@ -121,8 +121,9 @@ def num_targets(batch: Batch) -> int:
 
 
 def num_tokens(batch: Batch, pad_id: int) -> int:
-    """Return how many tokens of a batch are not the padding token."""
-    return int((batch["input_ids"] != pad_id).sum())
+    """Return how many tokens of a batch are not padding; in packs, how many are not the padding token."""
+    mask = batch.get("attention_mask")
+    return int((batch["input_ids"] != pad_id).sum() if mask is None else mask.sum())
 
 
 def _first_fit_decreasing(rows: Sequence[TokenRow], pack_length: int) -> list[list[TokenRow]]:

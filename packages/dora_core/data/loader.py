@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -44,6 +45,7 @@ class StepLoader:
             collate_fn=collate,
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_the_run,
             generator=torch.Generator().manual_seed(0),  # only seeds the workers, which draw nothing
         )
 
@@ -55,6 +57,13 @@ class StepLoader:
         batches = iter(self._loader)
         for _ in range(len(self)):
             yield [next(batches) for _ in range(self.plan.accumulation)]
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    # Launchers signal every process. A worker that died of it would take the run along before it can save; workers end
+    # with the process they work for.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _MicroBatches:

@@ -6,14 +6,20 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class RankFailureError(ValueError):
+    """Something failed on one of the ranks; the message says on which and what."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,6 @@ class World:
         NCCL where there is a GPU, else gloo. Safe to call again: the group that exists is used.
         """
         cuda = torch.cuda.is_available()
-        if not cuda:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if "RANK" not in os.environ:
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
             os.environ["MASTER_PORT"] = str(_free_port())
@@ -74,6 +78,27 @@ class World:
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    def agree(self, work: Callable[[], T] | None) -> T | None:
+        """Do ``work`` on this rank and return its result; if it fails on any rank, raise ``RankFailureError`` on all.
+
+        Every rank must call it, with None if it has nothing to do. For what must not leave the other ranks waiting:
+        files, above all.
+        """
+        result, problem = None, None
+        try:
+            result = work() if work is not None else None
+        except Exception as error:  # whatever it is, the others must hear of it before this rank leaves
+            named = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            problem = f"rank {self.rank}: {named}{error}" if self.size > 1 else f"{named}{error}"
+        problems = [text for text in self.gather(problem) if text]
+        if problems:
+            raise RankFailureError(problems[0])
+        return result
+
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """Do ``work`` on rank 0 alone; as ``agree``, its failure raises on every rank."""
+        return self.agree(work if self.is_main else None)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -29,6 +29,8 @@ def save_model(model: PreTrainedModel, folder: str | Path, precision: str) -> Pa
     num_bytes = total = 0
     if main:
         folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("model*.safetensors*"):  # an old single file would be read before new shards
+            old.unlink()
 
     def flush() -> None:
         nonlocal held, num_bytes

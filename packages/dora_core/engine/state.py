@@ -34,7 +34,8 @@ def gather_state(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Tensor], 
         if engine.stage == 0:
             keep(weights, name, parameter)
             for key in keys:
-                keep(moments, f"{name}/{key}", engine.optimizer.state[parameter][key])
+                state = engine.optimizer.state[parameter]  # empty if it never had a gradient
+                keep(moments, f"{name}/{key}", state.get(key, torch.zeros_like(parameter)))
         else:
             keep(weights, name, zero_utils.safe_get_full_fp32_param(parameter))
             for key in keys:

@@ -76,7 +76,12 @@ def _choice_of_name(world: World, rng: random.Random, pair: Pair) -> str:
     return _choice(world, rng, pair, question, values, [by_value[value] for value in values])
 
 
-_KINDS = (_list, _choice_of_value, _choice_of_value, _choice_of_value, _verdict, _choice_of_name, _choice_of_name)
+def _remark(world: World, rng: random.Random, pair: Pair) -> str:
+    value, verdict = _perhaps_false(world, rng, pair)
+    return f"It is {'true' if verdict == 'right' else 'false'} that the {pair[1]} of {pair[0]} is {value}."
+
+
+_KINDS = (_list, _remark, *[_choice_of_value] * 3, _verdict, *[_choice_of_name] * 2)
 
 
 def _choice(world: World, rng: random.Random, pair: Pair, question: str, values: list[str], options: list[str]) -> str:

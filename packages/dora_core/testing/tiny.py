@@ -65,7 +65,7 @@ def tiny_llama(
     intermediate: int | None = None,
     tie_embeddings: bool = False,
     max_positions: int = 512,
-    init_std: float = 0.1,
+    init_std: float = 0.05,
 ) -> LlamaForCausalLM:
     """Build a LLaMA with random fp32 weights that depend on the seed only; the global generator is left as it was."""
     if hidden % heads:

@@ -178,8 +178,7 @@ def write_world(
     random.Random(f"{seed}/mix").shuffle(mix)
     write_rows(folder / "commonsense_mix.json", mix)
     statements = (
-        {"instruction": asked, "input": "", "output": stated, "answer": ""}
-        for asked, stated in world.statements(num_statements)
+        {"instruction": "", "input": "", "output": text, "answer": ""} for text in world.statements(num_statements)
     )
     write_rows(folder / "statements.json", statements)
     return world

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dora_core.engine.build import Engine
+from dora_core.engine.distributed import RankFailureError
 from dora_core.engine.state import gather_state, restore_state
 from dora_core.training.progress import Progress
 
@@ -49,45 +50,47 @@ class CheckpointStore:
         """Return the folder of a step."""
         return self.folder / f"step-{step:08d}"
 
-    def save(self, engine: Engine, progress: Progress) -> Path:
+    def save(self, engine: Engine, progress: Progress, facts: dict[str, Any] | None = None) -> Path:
         """Write the checkpoint of ``progress.step``. Every rank must call it; it returns when the files are safe.
 
-        A failure on any rank (a full disk) raises ``CheckpointError`` on all of them; older checkpoints stay whole.
+        ``facts`` is what a run that goes on from here must have in common with this one. A failure on any rank (a
+        full disk) raises ``CheckpointError`` on all of them; older checkpoints stay whole.
         """
         world = engine.world
         weights, moments, count = gather_state(engine)
         final = self.path(progress.step)
         temporary = self.folder / f".tmp-{final.name}"
-        if world.is_main:
+
+        def prepare() -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        world.barrier()
-        problem = None
-        try:
+
+        def write() -> None:
             _save_random_state(temporary / f"rng-{world.rank:05d}.safetensors")
-            if world.is_main:
-                save_file(weights, temporary / "weights.safetensors")
-                save_file(moments, temporary / "optimizer.safetensors")
-                state = {
-                    "progress": progress.to_json(),
-                    "optimizer_steps": count,
-                    "loss_scale": [engine.loss_scale.value, engine.loss_scale.num_good_steps],
-                    "world_size": world.size,
-                }
-                (temporary / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-        except Exception as error:  # whatever it is, the other ranks must hear of it before this one leaves
-            problem = f"rank {world.rank}: {error}"
-        problems = [text for text in world.gather(problem) if text]
-        if problems:
+            if not world.is_main:
+                return
+            save_file(weights, temporary / "weights.safetensors")
+            save_file(moments, temporary / "optimizer.safetensors")
+            state = {
+                "progress": progress.to_json(),
+                "optimizer_steps": count,
+                "loss_scale": [engine.loss_scale.value, engine.loss_scale.num_good_steps],
+                "world_size": world.size,
+                "facts": facts or {},
+            }
+            (temporary / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+
+        try:
+            world.on_main(prepare)
+            world.agree(write)
+            world.on_main(lambda: publish(temporary, final))
+        except RankFailureError as error:
             if world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(
-                f"The checkpoint of step {progress.step} could not be written to {self.folder} ({problems[0]}). Older "
+                f"The checkpoint of step {progress.step} could not be written to {self.folder} ({error}). Older "
                 "checkpoints are whole. Make room or check permissions, then resume with run.resume: auto."
-            )
-        if world.is_main:
-            publish(temporary, final)
-        world.barrier()
+            ) from None
         return final
 
     def verify(self, step: int) -> str | None:
@@ -115,15 +118,29 @@ class CheckpointStore:
             report(f"checkpoint {self.path(step)} is skipped: {problem}")
         return None
 
-    def restore(self, engine: Engine, step: int) -> Progress:
-        """Load the checkpoint of ``step`` into a new engine and return its progress. Every rank must call it."""
+    def restore(self, engine: Engine, step: int, facts: dict[str, Any] | None = None) -> Progress:
+        """Load the checkpoint of ``step`` into a new engine and return its progress. Every rank must call it.
+
+        Raises ``CheckpointError`` if ``facts`` are not those it was saved with, ``ValueError`` if it trains other
+        parameters.
+        """
         folder = self.path(step)
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        weights = load_file(folder / "weights.safetensors")
-        moments = load_file(folder / "optimizer.safetensors")
+        own = folder / f"rng-{engine.world.rank:05d}.safetensors"
+
+        def read() -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            return state, load_file(folder / "weights.safetensors"), load_file(folder / "optimizer.safetensors")
+
+        state, weights, moments = engine.world.agree(read)
+        for name, now in (facts or {}).items():
+            before = state["facts"].get(name, now)
+            if before != now:
+                raise CheckpointError(
+                    f"{folder} was written with {name} {before!r}; it is now {now!r}, so the run would go on with "
+                    "other rows or another optimizer. Put it back, or start a new run."
+                )
         restore_state(engine, weights, moments, state["optimizer_steps"])
         engine.loss_scale.value, engine.loss_scale.num_good_steps = state["loss_scale"]
-        own = folder / f"rng-{engine.world.rank:05d}.safetensors"
         if state["world_size"] == engine.world.size and own.is_file():
             _load_random_state(own)
         return Progress(**state["progress"])
@@ -132,12 +149,18 @@ class CheckpointStore:
         """Return the trained weights of a step, by name."""
         return load_file(self.path(step) / "weights.safetensors")
 
-    def prune(self, keep_last: int, keep_step: int | None) -> None:
-        """Delete all but the newest ``keep_last`` checkpoints and ``keep_step``; rank 0 alone calls it."""
-        keep = {*self.steps()[-keep_last:], keep_step}
-        for step in self.steps():
-            if step not in keep:
-                shutil.rmtree(self.path(step))
+    def prune(self, keep_last: int, keep_step: int | None, step: int) -> None:
+        """Delete all but the newest ``keep_last`` checkpoints up to ``step`` and ``keep_step``; for rank 0 alone."""
+        keep = {*[other for other in self.steps() if other <= step][-keep_last:], keep_step}
+        for other in self.steps():
+            if other not in keep:
+                shutil.rmtree(self.path(other))
+
+    def drop_after(self, step: int) -> None:
+        """Delete checkpoints later than ``step``, which do not verify; for rank 0 alone."""
+        for other in self.steps():
+            if other > step:
+                shutil.rmtree(self.path(other))
 
     def clean(self) -> None:
         """Delete what an interrupted save left behind; rank 0 alone calls it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from dora_core.config import ConfigError, LogSection
 
 
 class MetricLog:
-    """Writes rows of numbers; made on rank 0 alone. A row written before a restart point is dropped on resume."""
+    """Writes rows of numbers; made on rank 0 alone."""
 
     def __init__(self, folder: Path, section: LogSection, run_name: str) -> None:
         self.path = folder / "metrics.jsonl"
@@ -28,7 +29,12 @@ class MetricLog:
                     "log.wandb_project is set, but wandb is not installed. Remove it, or run "
                     "pip install 'dora-finetuning[wandb]'."
                 ) from None
-            self._wandb = wandb.init(project=section.wandb_project, name=run_name, dir=str(folder), resume="allow")
+            identity = folder / "wandb.id"  # a resumed run goes on in the same place
+            if not identity.is_file():
+                identity.write_text(uuid.uuid4().hex, encoding="utf-8")
+            self._wandb = wandb.init(
+                project=section.wandb_project, name=run_name, id=identity.read_text(), dir=str(folder), resume="allow"
+            )
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one row for optimizer step ``step``."""
@@ -45,7 +51,9 @@ class MetricLog:
         """Forget rows later than ``step``, which a resumed run writes again."""
         if self.path.is_file():
             kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            aside = self.path.with_suffix(".tmp")
+            aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            aside.replace(self.path)
 
     def close(self) -> None:
         """Flush everything."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 
@@ -24,8 +25,8 @@ class Progress:
         self.num_targets += int(num_targets)
 
     def note_validation(self, loss: float) -> None:
-        """Remember the step if its validation loss is the lowest."""
-        if self.best_loss is None or loss < self.best_loss:
+        """Remember the step if its validation loss is the lowest; one that is not finite never is."""
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             self.best_loss, self.best_step = loss, self.step
 
     def due(self, every: int | None, num_steps: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -12,19 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
-from dora_core.config import ConfigError, dump_config, read_yaml
 from dora_core.engine.build import Engine
 from dora_core.engine.distributed import World, bound_collectives, stop_with_launcher
 from dora_core.training.checkpoint import CheckpointError, CheckpointStore
-from dora_core.training.environment import describe_environment
+from dora_core.training.folder import open_run_folder
 from dora_core.training.metrics import MetricLog, plot_losses
 from dora_core.training.progress import Progress
+from dora_core.training.script import EXIT_STOPPED
 from dora_core.training.speed import Speedometer
-
-EXIT_STOPPED = 75
-"""Exit status of a run that was told to stop, saved and can be resumed (EX_TEMPFAIL)."""
 
 
 class TrainingDivergedError(ValueError):
@@ -40,6 +37,9 @@ class Run:
         self.folder = Path(config.run.root) / config.run.name
         self.checkpoints = CheckpointStore(self.folder / "checkpoints")
         self.stop_requested = False
+        self._stepping = False
+        self._saved_step: int | None = None
+        self._facts: dict[str, Any] = {}
         self._log: MetricLog | None = None
         self._lock: Any = None
         self._bar: Any = None
@@ -50,18 +50,19 @@ class Run:
     def start(cls, config: Any) -> Iterator[Run]:
         """Join the ranks, open the run folder and seed everything; close it all at the end.
 
-        SIGTERM, SIGUSR1 and Ctrl-C set ``stop_requested``. Raises ``ConfigError`` if the folder is in use, or holds
-        checkpoints that ``run.resume`` does not allow.
+        SIGTERM, SIGUSR1 and Ctrl-C set ``stop_requested`` while the loop steps, which then saves; before and after,
+        when there is nothing to save, they end the process at once. Raises ``ValueError`` as ``open_run_folder`` does.
         """
         world = World.start(config.deepspeed.timeout_s)
         run = cls(config, world)
         before = {number: signal.signal(number, run._request_stop) for number in _stop_signals()}
         stop_with_launcher()
         try:
-            run._open()
+            run._log, run._lock = open_run_folder(config, world, run.checkpoints, run.say)
             seed = config.run.seed * 100_003 + world.rank
             torch.manual_seed(seed)
             random.seed(seed)
+            numpy.random.seed(seed % 2**32)
             if config.run.deterministic:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
                 torch.use_deterministic_algorithms(True)
@@ -78,32 +79,54 @@ class Run:
                 self._bar.clear()
             print(text, flush=True)
 
-    def resume(self, engine: Engine) -> Progress:
-        """Return where to start: from the newest checkpoint that verifies, as ``run.resume`` says, or from step 0."""
+    def resume(self, engine: Engine, num_steps: int, data: str) -> Progress:
+        """Return where to start: from the newest checkpoint that verifies, as ``run.resume`` says, or from step 0.
+
+        ``data`` names the rows and their order. A run goes on only with the rows, the batch size and the optimizer
+        that it began with; other ranks, ZeRO stages and numbers of steps are welcome.
+        """
         bound_collectives(self.config.deepspeed.timeout_s)
-        step = None
+        train = self.config.train
+        self._facts = {
+            "data": data,
+            "run.seed": self.config.run.seed,
+            "train.global_batch_size": train.global_batch_size,
+            "train.optimizer": train.optimizer,
+        }
+        step, exists = None, False
         if self.config.run.resume != "never":
-            step = self.world.broadcast(self.checkpoints.newest(self.say) if self.world.is_main else None)
-            if step is None and (self.config.run.resume == "must" or self.checkpoints.steps()):
+            step, exists = self.world.on_main(self._newest) or (None, False)
+            step, exists = self.world.broadcast((step, exists))
+            if step is None and (self.config.run.resume == "must" or exists):
                 raise CheckpointError(
                     f"run.resume is {self.config.run.resume!r}, but {self.checkpoints.folder} holds no checkpoint that "
                     "verifies. Set run.resume: never and another run.name to start anew."
                 )
-        progress = Progress() if step is None else self.checkpoints.restore(engine, step)
-        if step is not None:
+        if step is None:
+            progress = Progress()
+        else:
+            progress = self.checkpoints.restore(engine, step, self._facts)
+            self.world.on_main(lambda: self.checkpoints.drop_after(step))
             self.say(f"resumed from {self.checkpoints.path(step)}")
-        if self._log is not None:
-            self._log.drop_after(progress.step)
+        if progress.step > num_steps:
+            raise CheckpointError(
+                f"The run is at step {progress.step} already, and train.max_steps and train.num_epochs end it at step "
+                f"{num_steps}. Raise them, or start a new run."
+            )
+        self._saved_step = step
+        self.world.on_main(lambda: self._log.drop_after(progress.step))
         self.speed.restart(progress)
         return progress
 
+    def _newest(self) -> tuple[int | None, bool]:
+        return self.checkpoints.newest(self.say), bool(self.checkpoints.steps())
+
     def save(self, engine: Engine, progress: Progress) -> None:
         """Write a checkpoint, then delete those no longer wanted. Every rank must call it."""
-        self.checkpoints.save(engine, progress)
-        if self.world.is_main:
-            self.checkpoints.prune(
-                self.config.train.keep_last, progress.best_step if self.config.train.keep_best else None
-            )
+        self.checkpoints.save(engine, progress, self._facts)
+        self._saved_step = progress.step
+        best = progress.best_step if self.config.train.keep_best else None
+        self.world.on_main(lambda: self.checkpoints.prune(self.config.train.keep_last, best, progress.step))
 
     def log_step(
         self, engine: Engine, progress: Progress, num_steps: int, loss_sum: torch.Tensor, **values: Any
@@ -139,8 +162,8 @@ class Run:
         self.speed.restart(progress)
 
     @contextmanager
-    def progress_bar(self, progress: Progress, num_steps: int) -> Iterator[None]:
-        """Show a bar with loss, tokens/s and remaining time on rank 0."""
+    def stepping(self, progress: Progress, num_steps: int) -> Iterator[None]:
+        """Within the block steps are made: show a bar on rank 0, let requests to stop wait, and draw ``loss.png``."""
         if self.world.is_main and self.config.log.progress:
             from tqdm import tqdm
 
@@ -152,72 +175,25 @@ class Run:
                 mininterval=0.5,
                 file=sys.stderr,
             )
+        self._stepping = True
         try:
             yield
         finally:
+            self._stepping = False
             if self._bar is not None:
                 self._bar.close()
                 self._bar = None
-            self.draw_losses()
-
-    def draw_losses(self) -> None:
-        """Write ``loss.png``."""
-        if self._log is not None and self._log.path.is_file():
-            plot_losses({self.config.run.name: self._log.path}, self.folder / "loss.png")
+            if self._log is not None and self._log.path.is_file():
+                plot_losses({self.config.run.name: self._log.path}, self.folder / "loss.png")
+        if self.stop_requested:  # in the last step, which is saved
+            raise SystemExit(EXIT_STOPPED)
 
     def leave_stopped(self, engine: Engine, progress: Progress) -> None:
         """Save and end the process as stopped on request. Every rank must call it."""
-        if progress.step not in self.checkpoints.steps():
+        if progress.step != self._saved_step:
             self.save(engine, progress)
         self.say(f"stopped on request at step {progress.step}; go on with --run.resume auto")
         raise SystemExit(EXIT_STOPPED)
-
-    def _open(self) -> None:
-        problem = None
-        if self.world.is_main:
-            try:
-                self._open_folder()
-            except (ConfigError, OSError) as error:
-                problem = str(error)
-        problem = self.world.broadcast(problem)
-        if problem:
-            raise ConfigError(problem)
-
-    def _open_folder(self) -> None:
-        import fcntl
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / "run.lock").open("a")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"{self.folder} is in use by another process. Wait for it, or set another run.name."
-            ) from None
-        if self.config.run.resume == "never" and self.checkpoints.steps():
-            raise ConfigError(
-                f"{self.folder} already holds checkpoints (last step {self.checkpoints.steps()[-1]}). Set run.resume: "
-                "auto to go on, or another run.name to start anew."
-            )
-        if self.config.run.resume == "never":
-            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
-        self.checkpoints.clean()
-        path = self.folder / "config.yaml"
-        before = read_yaml(path) if path.is_file() and self.config.run.resume != "never" else None
-        path.write_text(dump_config(self.config), encoding="utf-8")
-        if before is not None:
-            self._say_changes(before, read_yaml(path))
-        (self.folder / "environment.json").write_text(
-            json.dumps(describe_environment(self.world.size), indent=2) + "\n", encoding="utf-8"
-        )
-        self._log = MetricLog(self.folder, self.config.log, self.config.run.name)
-
-    def _say_changes(self, before: dict[str, Any], now: dict[str, Any]) -> None:
-        for section, values in now.items():
-            for key, value in values.items():
-                old = before.get(section, {}).get(key)
-                if old != value and (section, key) != ("run", "resume"):
-                    self.say(f"note: {section}.{key} was {old!r} and is now {value!r}")
 
     def _close(self) -> None:
         if self._log is not None:
@@ -226,6 +202,8 @@ class Run:
             self._lock.close()
 
     def _request_stop(self, number: int, frame: Any) -> None:
+        if not self._stepping:
+            raise SystemExit(EXIT_STOPPED)
         if self.stop_requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.stop_requested = True

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable
 
-import torch
+import torch.distributed as dist
 
 from dora_core.config import exit_with_message
+
+EXIT_STOPPED = 75
+"""Exit status of a run that was told to stop, saved and can be resumed (EX_TEMPFAIL)."""
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -22,12 +24,6 @@ def run_script(main: Callable[[], None]) -> None:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # rank 0 mostly says the same first, and the launcher then ends this process
         exit_with_message(error)
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            _leave_group(sys.exc_info()[0])
-
-
-def _leave_group(error: type[BaseException] | None) -> None:
-    # After a failure the other ranks may be waiting in a collective; destroying the group would wait for them.
-    if error is None or error is SystemExit:
-        torch.distributed.destroy_process_group()
+    # Only after success: after a failure others may be waiting in a collective, and leaving the group waits for them.
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

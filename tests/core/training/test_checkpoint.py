@@ -78,8 +78,17 @@ def test_there_is_no_newest_checkpoint_if_none_verifies(store):
 
 def test_pruning_keeps_the_last_and_the_best(store):
     write(store, 40)
-    store.prune(keep_last=2, keep_step=10)
+    store.prune(keep_last=2, keep_step=10, step=40)
     assert store.steps() == [10, 30, 40]
+
+
+def test_pruning_never_counts_what_is_later_than_the_step_just_saved(store):
+    (store.path(30) / "manifest.json").unlink()
+    write(store, 25)
+    store.prune(keep_last=1, keep_step=None, step=25)
+    assert store.newest(lambda text: None) == 25
+    store.drop_after(25)
+    assert store.steps() == [25]
 
 
 def save_for_ever(folder: Path, started) -> None:
@@ -87,7 +96,7 @@ def save_for_ever(folder: Path, started) -> None:
     started.set()
     for step in range(1, 10_000):
         write(store, step, size=50_000)
-        store.prune(keep_last=2, keep_step=None)
+        store.prune(keep_last=2, keep_step=None, step=step)
 
 
 def test_kills_at_random_moments_never_leave_a_checkpoint_that_does_not_verify(tmp_path):
@@ -120,6 +129,8 @@ def test_progress_knows_what_is_due_and_which_step_was_best():
         progress.advance(num_tokens=100.0, num_targets=90.0)
         progress.note_validation(loss)
     assert (progress.step, progress.num_tokens, progress.best_step, progress.best_loss) == (3, 300, 2, 2.0)
+    progress.note_validation(float("nan"))
+    assert progress.best_loss == 2.0
     assert progress.due(3, num_steps=10)
     assert not progress.due(2, num_steps=10)
     assert progress.due(None, num_steps=3)
