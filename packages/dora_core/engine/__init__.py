@@ -1,3 +1,5 @@
+"""DeepSpeed and the process group: the only place that imports them, but for gathered ZeRO-3 parameters."""
+
 import os
 
 import torch
