@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,15 +19,6 @@ PROMPTS = [
     "Is the sky green, or is it that the sea is?",
 ]
 OPTIONS = [["true", "false"], ["answer1", "answer2", "the last answer3"]] * 3 + [["é", "true"]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny models are fastest, and sums are in one order, on one thread."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

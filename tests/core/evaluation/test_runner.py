@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,15 +25,6 @@ from dora_core.evaluation.runner import equal_calls, place_among_ranks, run_eval
 
 BATCH_SIZE = 2
 WORDS = ["is", "it", "so", "that", "the", "sea", "and", "sky", "are", "blue", "or", "green", "when", "ice", "floats"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny models are fastest, and sums are in one order, on one thread."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dora_core.evaluation.results import read_results
 from dora_core.registry import RegistryError
 from pipelines.llm.config import EvaluateSection
-from pipelines.llm.data import render_prompt
+from pipelines.llm.data import render_prompt, task_instruction
 from pipelines.llm.evaluate import evaluate_model
 from pipelines.llm.evaluators import ANSWER_PREFIX
 
@@ -24,25 +23,16 @@ def row(instruction: str, answer: str) -> dict[str, Any]:
 
 
 def piqa_row(goal: str, answer: str) -> dict[str, Any]:
-    solutions = "Solution1: twist the lid\n\nSolution2: boil the lid\n\nAnswer format: solution1/solution2"
-    return row(f"Please choose the correct solution to the question: {goal}\n\n{solutions}", answer)
+    return row(task_instruction("piqa", goal=goal, options=["twist the lid", "boil the lid"]), answer)
 
 
 def arc_row(question: str, num_options: int, answer: str) -> dict[str, Any]:
-    numbers = range(1, num_options + 1)
-    options = " ".join(f"Answer{number}: thing {number}" for number in numbers)
-    answer_format = "/".join(f"answer{number}" for number in numbers)
-    text = (
-        f"Please choose the correct answer to the question: {question}\n\n{options}\n\nAnswer format: {answer_format}"
-    )
-    return row(text, answer)
+    options = [f"thing {number}" for number in range(1, num_options + 1)]
+    return row(task_instruction("arc_easy", question=question, options=options), answer)
 
 
 def boolq_row(question: str, answer: str) -> dict[str, Any]:
-    text = (
-        f"Please answer the following question with true or false, question: {question}?\n\nAnswer format: true/false"
-    )
-    return row(text, answer)
+    return row(task_instruction("boolq", question=question), answer)
 
 
 ROWS = {
@@ -58,15 +48,6 @@ ROWS = {
         arc_row("w", 5, "answer5"),
     ],
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny models are fastest, and sums are in one order, on one thread."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 
 from dora_core.registry import EVALUATORS
 from pipelines.llm.config import COMMONSENSE, EvaluateSection
+from pipelines.llm.data import task_instruction
 from pipelines.llm.evaluators import ANSWER_PREFIX, TASKS, CommonsenseTask, majority
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -33,25 +34,16 @@ def row(instruction: str, answer: str) -> dict[str, Any]:
 
 
 def piqa_row(goal: str, answer: str) -> dict[str, Any]:
-    solutions = "Solution1: twist the lid\n\nSolution2: boil the lid\n\nAnswer format: solution1/solution2"
-    return row(f"Please choose the correct solution to the question: {goal}\n\n{solutions}", answer)
+    return row(task_instruction("piqa", goal=goal, options=["twist the lid", "boil the lid"]), answer)
 
 
 def arc_row(question: str, num_options: int, answer: str) -> dict[str, Any]:
-    numbers = range(1, num_options + 1)
-    options = " ".join(f"Answer{number}: thing {number}" for number in numbers)
-    answer_format = "/".join(f"answer{number}" for number in numbers)
-    text = (
-        f"Please choose the correct answer to the question: {question}\n\n{options}\n\nAnswer format: {answer_format}"
-    )
-    return row(text, answer)
+    options = [f"thing {number}" for number in range(1, num_options + 1)]
+    return row(task_instruction("arc_easy", question=question, options=options), answer)
 
 
 def boolq_row(question: str, answer: str) -> dict[str, Any]:
-    text = (
-        f"Please answer the following question with true or false, question: {question}?\n\nAnswer format: true/false"
-    )
-    return row(text, answer)
+    return row(task_instruction("boolq", question=question), answer)
 
 
 def task(name: str) -> CommonsenseTask:
