@@ -165,7 +165,12 @@ def score(run: Run, engine: Engine, tokenizer, cfg: LLMConfig, when: str) -> Non
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the recipe and the command line, then train."""
-    recipe, overrides = split_arguments(sys.argv[1:] if arguments is None else arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if {"-h", "--help"} & set(words):
+        print(f"{__doc__}\nRecipes: {', '.join(sorted(path.stem for path in RECIPES.glob('*.yaml')))}, or a YAML file.")
+        print("`dora show RECIPE` prints every field that can be set.")
+        return
+    recipe, overrides = split_arguments(words)
     run_script(lambda: train(load_config(LLMConfig, recipe, overrides, recipes=RECIPES)))
 
 

@@ -324,3 +324,11 @@ def test_the_training_script_ends_likewise_from_any_folder(tmp_path):
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert len(errors) == 1 and f"The tokenizer {str(tmp_path)!r} (folder) cannot be loaded" in errors[0]
+
+
+def test_help_on_training_says_how_to_name_recipes_and_fields(capsys):
+    main(["train", "llm", "--help"])
+    printed = capsys.readouterr().out
+    assert "--config RECIPE [--section.field value]" in printed
+    assert "llama_7b_dora_r32" in printed
+    assert "dora show RECIPE" in printed
