@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -20,6 +19,7 @@ from typing import IO
 from transformers.utils.logging import disable_progress_bar
 
 from dora_core.config import ConfigError
+from dora_core.engine.distributed import free_port
 from dora_core.evaluation.results import Metric, read_results
 from dora_core.training.metrics import plot_accuracies, plot_losses, read_metrics
 from pipelines.llm.config import COMMONSENSE
@@ -76,11 +76,16 @@ def launch(output: Path, name: str, arguments: list[str]) -> None:
 
     Stops the demo if the run fails.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     deepspeed = Path(sys.executable).with_name("deepspeed")
-    command = [str(deepspeed), "--num_gpus", str(num_ranks()), "--master_port", str(port), str(TRAIN), *arguments]
+    command = [
+        str(deepspeed),
+        "--num_gpus",
+        str(num_ranks()),
+        "--master_port",
+        str(free_port()),
+        str(TRAIN),
+        *arguments,
+    ]
     command += ["--run.root", str(output), "--run.name", name]
     shown = shlex.join(["deepspeed", *command[1:5], os.path.relpath(TRAIN)])
     shown += " " + shlex.join(command[6:]).replace(" --", " \\\n    --")

@@ -17,7 +17,6 @@ if __package__ in (None, ""):  # run as a file: import from this checkout, never
 import torch
 
 from dora_core.adapters import AdapterReport, apply_adapters, reuse_norms, save_adapter
-from dora_core.config import load_config, split_arguments
 from dora_core.data.collate import (
     Batch,
     num_targets,
@@ -32,7 +31,7 @@ from dora_core.engine.zero import resolve_zero
 from dora_core.training.metrics import plot_accuracies
 from dora_core.training.progress import Progress
 from dora_core.training.run import Run
-from dora_core.training.script import run_script
+from dora_core.training.script import run_training
 from pipelines.llm.batches import make_collate, make_items, move
 from pipelines.llm.config import RECIPES, LLMConfig
 from pipelines.llm.data import load_training_data
@@ -165,13 +164,7 @@ def score(run: Run, engine: Engine, tokenizer, cfg: LLMConfig, when: str) -> Non
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the recipe and the command line, then train."""
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    if {"-h", "--help"} & set(words):
-        print(f"{__doc__}\nRecipes: {', '.join(sorted(path.stem for path in RECIPES.glob('*.yaml')))}, or a YAML file.")
-        print("`dora show RECIPE` prints every field that can be set.")
-        return
-    recipe, overrides = split_arguments(words)
-    run_script(lambda: train(load_config(LLMConfig, recipe, overrides, recipes=RECIPES)))
+    run_training(train, LLMConfig, RECIPES, arguments)
 
 
 if __name__ == "__main__":

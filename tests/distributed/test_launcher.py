@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dora_core.engine.distributed import free_port
 from dora_core.registry import PIPELINES
 from dora_core.training.checkpoint import CheckpointStore
 from dora_core.training.metrics import read_metrics
@@ -20,12 +20,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def command(*overrides: str) -> list[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     deepspeed = Path(sys.executable).with_name("deepspeed")
     script = ROOT / "pipelines" / "llm" / "train.py"
-    return [str(deepspeed), "--num_gpus", "2", "--master_port", str(port), str(script), "--config", "tiny", *overrides]
+    return [
+        str(deepspeed),
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+        str(script),
+        "--config",
+        "tiny",
+        *overrides,
+    ]
 
 
 def environment() -> dict[str, str]:

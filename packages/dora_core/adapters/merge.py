@@ -85,13 +85,14 @@ def _change(model: nn.Module, probe: Mapping[str, Any] | None, steps: list[Calla
 def _output(model: nn.Module, probe: Mapping[str, Any] | None) -> Tensor | None:
     if probe is None:
         return None
-    with _evaluating(model):
+    with evaluation_mode(model):
         output = model(**probe)
     return output if torch.is_tensor(output) else output.logits
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, and each back into its own mode at the end."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_core.adapters.groups import parameter_groups, parameter_role
+from dora_core.adapters.merge import evaluation_mode
 from dora_core.config import TrainSection
 from dora_core.engine.distributed import World
 from dora_core.engine.optim import LossScale, lr_factor, make_optimizer, set_learning_rates
@@ -54,11 +55,10 @@ class Engine:
         Afterwards ZeRO-3 lets go of what a forward pass without a backward pass left gathered, or on its way: such
         weights could not be gathered by name.
         """
-        self.module.eval()
         try:
-            yield
+            with evaluation_mode(self.module):
+                yield
         finally:
-            self.module.train()
             if self.stage == 3:
                 self.deepspeed.empty_partition_cache()
 

@@ -34,7 +34,7 @@ def gather_state(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Tensor], 
         if engine.stage == 0:
             keep(weights, name, parameter)
             for key in keys:
-                state = engine.optimizer.state[parameter]  # empty if it never had a gradient
+                state = engine.optimizer.state.get(parameter, {})  # none if it never had a gradient
                 keep(moments, f"{name}/{key}", state.get(key, torch.zeros_like(parameter)))
         else:
             keep(weights, name, zero_utils.safe_get_full_fp32_param(parameter))

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from dora_core.adapters.merge import evaluation_mode
+
 FILLER_ID = 0  # any token: what stands at a masked place or in a call made for the other ranks' sake is never read
 
 
@@ -51,7 +53,7 @@ def generate_texts(
         pad_token_id=end_ids[0] if end_ids else FILLER_ID,
     )
     texts = [""] * len(prompts)
-    with _evaluation_mode(model), _own_generation_config_only(model):
+    with evaluation_mode(model), _own_generation_config_only(model):
         for places in _batches([len(ids) for ids in encoded], batch_size, num_calls):
             ids_BS, mask_BS = _pad([encoded[place] for place in places] or [[FILLER_ID]], left=True)
             output_BS = model.generate(
@@ -89,7 +91,7 @@ def option_log_likelihoods(
     device = device or _device_of(model)
     keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
     scores = [0.0] * len(pairs)
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         for places in _batches([len(ids) for ids, _ in encoded], batch_size, num_calls):
             batch = [encoded[place] for place in places] or [([FILLER_ID, FILLER_ID], 1)]
             ids_BS, mask_BS = _pad([ids for ids, _ in batch], left=False)
@@ -179,18 +181,6 @@ def _until_end(ids: list[int], end_ids: list[int]) -> list[int]:
 
 def _device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode, and each back into its own mode at the end."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

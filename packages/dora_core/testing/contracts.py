@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from dora_core.adapters.checkpoint import WEIGHTS_FILE
+from dora_core.adapters.stored import PREFIX, SUFFIXES, WEIGHTS_FILE
 from dora_core.config import load_config
 from dora_core.engine.distributed import World
 from dora_core.registry import PIPELINES, pipeline_packages
@@ -33,15 +33,15 @@ def exported_is_trained(run_folder: Path) -> bool:
     """Whether the exported adapter holds exactly the weights of the checkpoint it was made from."""
     store = CheckpointStore(run_folder / "checkpoints")
     exported = load_file(run_folder / "adapter" / WEIGHTS_FILE)
-    names = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
     def same(weights: dict[str, Any]) -> bool:
-        adapter = {name: value for name, value in weights.items() if name.rpartition(".")[2] in names}
-        keys = {
-            name: ".".join((f"base_model.model.{n}", names[k]))
-            for name in adapter
-            for n, _, k in [name.rpartition(".")]
-        }
-        return len(adapter) == len(exported) and all((exported[keys[n]] == value).all() for n, value in adapter.items())
+        adapter = {}
+        for name, value in weights.items():
+            module, _, key = name.rpartition(".")
+            if key in SUFFIXES:
+                adapter[PREFIX + module + SUFFIXES[key]] = value
+        return adapter.keys() == exported.keys() and all(
+            (exported[key] == value).all() for key, value in adapter.items()
+        )
 
     return any(same(store.weights(step)) for step in store.steps())

@@ -6,7 +6,6 @@ import atexit
 import importlib.util
 import multiprocessing
 import os
-import socket
 import sys
 import time
 import traceback
@@ -14,6 +13,10 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from dora_core.engine.distributed import World, free_port
 
 _pools: dict[int, _Pool] = {}
 
@@ -41,9 +44,7 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, time
 
 class _Pool:
     def __init__(self, world_size: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         context = multiprocessing.get_context("spawn")
         self.pipes: list[Connection] = []
         self.processes = []
@@ -103,10 +104,6 @@ class _Pool:
 
 
 def _serve(pipe: Connection) -> None:
-    import torch
-
-    from dora_core.engine.distributed import World
-
     torch.set_num_threads(1)
     world = World.start(timeout_s=300.0)
     modules: dict[str, Any] = {}

@@ -95,8 +95,7 @@ class Run:
         }
         step, exists = None, False
         if self.config.run.resume != "never":
-            step, exists = self.world.on_main(self._newest) or (None, False)
-            step, exists = self.world.broadcast((step, exists))
+            step, exists = self.world.broadcast(self.world.on_main(self._newest))
             if step is None and (self.config.run.resume == "must" or exists):
                 raise CheckpointError(
                     f"run.resume is {self.config.run.resume!r}, but {self.checkpoints.folder} holds no checkpoint that "
