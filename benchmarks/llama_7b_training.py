@@ -11,21 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "packages"), str(ROOT)]
-
-import torch
+from training_runs import environment, run_recipe
 from transformers import LlamaConfig
 
 from dora_core.data.rows import read_rows
 from dora_core.testing.tiny import train_tokenizer
-from dora_core.training.metrics import plot_losses, read_metrics
+from dora_core.training.metrics import plot_losses
 from pipelines.llm.data import render
 
 SHAPES = {
@@ -76,61 +69,12 @@ def run(own: argparse.Namespace, model: Path, setting: str, zero: str, pack_leng
         "data.packing": str(pack_length is not None).lower(),
         "data.pack_length": pack_length or "null",
         "train.max_steps": own.steps,
-        "train.log_every": 1,
         "train.eval_every": own.steps,
         "train.save_every": own.steps,
         "deepspeed.config": zero,
-        "log.tensorboard": "false",
-        "log.progress": "false",
-        "run.root": own.output,
-        "run.name": setting,
         **dict(item.split("=", 1) for item in own.overrides),
     }
-    command = [str(Path(sys.executable).with_name("deepspeed"))]
-    if not Path(command[0]).is_file():
-        command = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    command += ["--num_gpus", str(max(1, torch.cuda.device_count())), str(ROOT / "pipelines/llm/train.py")]
-    command += ["--config", "llama_7b_dora_r32"]
-    for key, value in overrides.items():
-        command += [f"--{key}", str(value)]
-    log = own.output / f"{setting}.log"
-    with log.open("w") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
-    metrics = own.output / setting / "metrics.jsonl"
-    if code or not metrics.is_file():
-        return {"error": f"status {code}", "log": log.read_text()[-2000:]}
-    rows = [row for row in read_metrics(metrics) if "loss" in row]
-    steady = [row for row in rows if row["step"] > own.warmup]
-    times = [row["step_time_s"] for row in steady]
-    rates = [row["tokens_per_s"] for row in steady]
-    return {
-        "step_time_s": statistics.median(times),
-        "step_time_iqr_s": _iqr(times),
-        "tokens_per_s": statistics.median(rates),
-        "tokens_per_s_iqr": _iqr(rates),
-        "data_wait": statistics.median(row["data_wait"] for row in steady),
-        "peak_gib": max(row.get("peak_gib", 0.0) for row in rows),
-        "first_loss": rows[0]["loss"],
-        "last_loss": rows[-1]["loss"],
-        "num_steps": len(steady),
-    }
-
-
-def environment() -> dict:
-    """Return hardware and versions."""
-    import deepspeed
-    import transformers
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "hardware": gpu,
-        "num_gpus": torch.cuda.device_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "transformers": transformers.__version__,
-        "deepspeed": deepspeed.__version__,
-    }
+    return run_recipe("llm", "llama_7b_dora_r32", overrides, own.output, setting, own.warmup)
 
 
 def table(results: list[dict]) -> str:
@@ -139,18 +83,11 @@ def table(results: list[dict]) -> str:
     lines.append("|---|---|---|---|---|---|")
     for r in results:
         lines.append(
-            f"| {r['setting']} | {r['step_time_s']:.3f} ({r['step_time_iqr_s']:.3f}) | {r['tokens_per_s']:,.0f} "
+            f"| {r['setting']} | {r['step_time_s']:.3f} ({r['step_time_s_iqr']:.3f}) | {r['tokens_per_s']:,.0f} "
             f"({r['tokens_per_s_iqr']:,.0f}) | {r['peak_gib']:.1f} | {100 * r['data_wait']:.2f} % | "
             f"{r['first_loss']:.2f} to {r['last_loss']:.2f} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def _iqr(values: list[float]) -> float:
-    if len(values) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(values, n=4)
-    return high - low
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ class RegistryError(ValueError):
 def unknown_name(kind: str, name: str, known: list[str], what_to_do: str = "") -> RegistryError:
     """Return the error for ``name`` that is none of ``known``, with the close matches first."""
     shared = name[: max(name.rfind("."), name.rfind("/")) + 1]  # a section or an owner would make all look alike
-    shared = shared if all(each.startswith(shared) for each in known) else ""
-    ends = [each.removeprefix(shared) for each in known]
+    shared = shared if any(each.startswith(shared) for each in known) else ""
+    ends = [each.removeprefix(shared) for each in known if each.startswith(shared)]
     close = [shared + end for end in difflib.get_close_matches(name.removeprefix(shared), ends, n=3, cutoff=0.5)]
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     return RegistryError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(known) or 'none'}.{what_to_do}")

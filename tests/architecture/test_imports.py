@@ -59,16 +59,16 @@ def test_registry_and_configuration_import_the_standard_library_and_their_parser
 def test_importing_a_pipelines_description_and_evaluators_loads_no_model_library():
     names = sorted(path.parent.name for path in (ROOT / "pipelines").glob("*/pipeline.py"))
     assert names
-    script = (
-        "import importlib, importlib.util, sys\n"
-        f"for name in {names!r}:\n"
-        "    importlib.import_module(f'pipelines.{name}.evaluators')\n"
-        "    assert not {'torch', 'transformers', 'pydantic'} & set(sys.modules), name\n"
-        "    importlib.import_module(f'pipelines.{name}.pipeline')\n"
-        "    assert not {'transformers', 'deepspeed'} & set(sys.modules), name\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    for name in names:
+        script = (
+            "import importlib, sys\n"
+            f"importlib.import_module('pipelines.{name}.evaluators')\n"
+            "assert not {'torch', 'transformers', 'pydantic'} & set(sys.modules)\n"
+            f"importlib.import_module('pipelines.{name}.pipeline')\n"
+            "assert not {'transformers', 'deepspeed'} & set(sys.modules)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.returncode == 0, f"{name}: {done.stderr}"
 
 
 def test_no_module_is_named_like_a_dependency_or_the_standard_library():

@@ -100,19 +100,20 @@ def test_list_names_pipelines_recipes_and_evaluators_without_importing_what_is_s
 def test_show_prints_a_recipe_that_reloads_with_the_overrides_in_it(capsys, tmp_path):
     llm = PIPELINES.get("llm")
     overrides = ["--train.lr", "2e-4", "--run.name", "7", "--adapter.targets", r".*\.(q|v)_proj"]
-    main(["show", "tiny", *overrides])
+    main(["show", "llama_7b_dora_r32", *overrides])
     text = capsys.readouterr().out
     (tmp_path / "shown.yaml").write_text(text)
     shown = load_config(llm.config, tmp_path / "shown.yaml", recipes=llm.recipes)
-    assert shown == load_config(llm.config, "tiny", overrides, recipes=llm.recipes)
+    assert shown == load_config(llm.config, "llama_7b_dora_r32", overrides, recipes=llm.recipes)
     assert (shown.train.lr, shown.run.name) == (2e-4, "7")
-    main(["show", "llm", "tiny", *overrides])
+    main(["show", "llm", "llama_7b_dora_r32", *overrides])
     assert capsys.readouterr().out == text
 
 
-def test_show_takes_the_path_of_a_recipe(capsys, recipe):
-    main(["show", str(recipe), "--adapter.rank", "5"])
+def test_show_takes_the_path_of_a_recipe(capsys, recipe, fails):
+    main(["show", "llm", str(recipe), "--adapter.rank", "5"])
     assert "rank: 5" in capsys.readouterr().out
+    assert "Say which: dora show llm" in fails("show", str(recipe))
 
 
 @pytest.fixture
@@ -135,6 +136,7 @@ def second_pipeline(monkeypatch, tmp_path):
         "second": pipeline("second", Config, tmp_path / "recipes"),
     }
     monkeypatch.setattr(PIPELINES, "_objects", both)
+    monkeypatch.setattr("dora_core.registry.pipeline_packages", lambda: {"llm": "pipelines.llm"})
     return ran
 
 
@@ -167,11 +169,11 @@ def test_a_verb_that_a_pipeline_lacks_is_refused(second_pipeline, fails):
         (["show", "--train.lr", "1"], "dora show needs a recipe"),
         (["show", "tinny"], "Unknown recipe 'tinny'. Did you mean tiny"),
         (["show", "llm", "tinny"], "Unknown recipe 'tinny'. Did you mean tiny"),
-        (["show", "tiny", "--train.learning_rate", "1"], "Unknown key 'train.learning_rate'"),
+        (["show", "llm", "tiny", "--train.learning_rate", "1"], "Unknown key 'train.learning_rate'"),
         (["list", "llm"], "dora list takes no arguments; it was given llm"),
         (["train"], "dora train needs a pipeline first: one of llm"),
         (["train", "--config", "tiny"], "dora train needs a pipeline first"),
-        (["train", "lm", "--config", "tiny"], "Unknown pipeline 'lm'. Did you mean llm?"),
+        (["train", "lm", "--config", "tiny"], "Unknown pipeline 'lm'. Did you mean vlm or llm?"),
         (["demo", "all", "--output", "x"], "dora demo all takes no further arguments"),
     ],
 )

@@ -149,9 +149,9 @@ def test_a_folder_and_an_entry_point_of_one_name_are_refused(install):
 
 
 def test_an_unknown_pipeline_says_where_pipelines_live():
-    with pytest.raises(RegistryError, match=r"Unknown pipeline 'lm'\. Did you mean llm\?.*pipelines/<name>/"):
+    with pytest.raises(RegistryError, match=r"Unknown pipeline 'lm'\. Did you mean vlm or llm\?.*pipelines/<name>/"):
         PIPELINES.get("lm")
-    with pytest.raises(RegistryError, match=r"Unknown pipeline 'lm'\. Did you mean llm\?"):
+    with pytest.raises(RegistryError, match=r"Unknown pipeline 'lm'\. Did you mean vlm or llm\?"):
         EVALUATORS.get("lm/boolq")
 
 

@@ -60,6 +60,7 @@ def peft_config(model: nn.Module, config: AdapterConfig, base_model: str | None)
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "target_modules": targets,
+        "exclude_modules": config.exclude or None,
         "rank_pattern": {**{re.escape(name): 1 for name in magnitude_only}, **config.rank_pattern},
         "alpha_pattern": config.alpha_pattern,
         "use_rslora": config.rslora,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,9 +13,9 @@ Kind = Literal["dora", "lora", "full", "none"]
 class AdapterConfig:
     """How a model is fine-tuned.
 
-    ``targets``, ``magnitude_targets`` and ``trainable`` hold patterns for module names. A list holds suffixes
-    (``q_proj`` matches ``model.layers.0.self_attn.q_proj``); a plain string is one regular expression that must
-    match the whole name. ``rank_pattern`` and ``alpha_pattern`` map a suffix or regular expression to another
+    ``targets``, ``exclude``, ``magnitude_targets`` and ``trainable`` hold patterns for module names. A list holds
+    suffixes (``q_proj`` matches ``model.layers.0.self_attn.q_proj``); a plain string is one regular expression that
+    must match the whole name. ``rank_pattern`` and ``alpha_pattern`` map a suffix or regular expression to another
     rank or alpha, as in PEFT.
     """
 
@@ -33,6 +34,8 @@ class AdapterConfig:
     norm_gradient: Literal["detached", "full"] = "detached"
     """detached: the norm is a constant in the backward pass (eq. 11); full: it is differentiated (eq. 6)."""
     targets: list[str] | str = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
+    exclude: list[str] | str = field(default_factory=list)
+    """Modules that neither kind of targets ever means, for example those of a vision tower."""
     magnitude_targets: list[str] | str = field(default_factory=list)
     """Modules whose magnitude alone is trained (paper, Table 6); only with ``kind: dora``."""
     trainable: list[str] | str = field(default_factory=list)
@@ -55,6 +58,10 @@ class AdapterConfig:
             refuse("alpha", "positive (alpha_pattern too)", "Set for example adapter.alpha: 64 (twice the rank).")
         if not 0.0 <= self.dropout < 1.0:
             refuse("dropout", "at least 0 and below 1", "Set adapter.dropout: 0.05 for the paper's value.")
+        try:
+            re.compile(self.exclude if isinstance(self.exclude, str) else "")
+        except re.error:
+            refuse("exclude", "a list of names or one regular expression", "Write [name] for a plain name.")
         if self.magnitude_targets and self.kind != "dora":
             refuse("magnitude_targets", "empty unless adapter.kind is dora", "Remove them or set adapter.kind: dora.")
         if self.kind in ("dora", "lora") and not (self.targets or self.magnitude_targets):

@@ -47,14 +47,15 @@ def apply_adapters(model: nn.Module, config: AdapterConfig) -> AdapterReport:
     adapt = ADAPTERS.get(config.kind)
     low_rank = config.kind in ("lora", "dora")
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    eligible = {name: module for name, module in modules.items() if not matches(name, config.exclude)}
     targets = []
     if config.kind != "none":
-        targets = _match(modules, config.targets, "targets", _is_linear if low_rank else _owns_parameters)
-    magnitudes = _match(modules, config.magnitude_targets, "magnitude_targets", _is_linear)
+        targets = _match(eligible, config.targets, "targets", _is_linear if low_rank else _owns_parameters)
+    magnitudes = _match(eligible, config.magnitude_targets, "magnitude_targets", _is_linear)
     extras = _match(modules, config.trainable, "trainable", _holds_parameters)
     _refuse_overlap({"targets": targets, "magnitude_targets": magnitudes, "trainable": extras})
     if low_rank:
-        _refuse_subclasses(modules, config)
+        _refuse_subclasses(eligible, config)
         _check_patterns(config, targets)
         _refuse_shared(modules, targets + magnitudes)
     model.requires_grad_(False)

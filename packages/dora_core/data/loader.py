@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,15 +39,7 @@ class StepLoader:
         self.plan = plan
         self.start_step = start_step
         self.end_step = end_step
-        self._loader = DataLoader(
-            rows,
-            batch_sampler=_MicroBatches(plan, start_step, end_step),
-            collate_fn=collate,
-            num_workers=num_workers,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_leave_signals_to_the_run,
-            generator=torch.Generator().manual_seed(0),  # only seeds the workers, which draw nothing
-        )
+        self._loader = batch_loader(rows, _MicroBatches(plan, start_step, end_step), collate, num_workers)
 
     def __len__(self) -> int:
         """Return the number of steps."""
@@ -57,6 +49,21 @@ class StepLoader:
         batches = iter(self._loader)
         for _ in range(len(self)):
             yield [next(batches) for _ in range(self.plan.accumulation)]
+
+
+def batch_loader(
+    rows: Sequence[Any], batches: Iterable[list[int]], collate: Callable[[list[Any]], Batch], num_workers: int
+) -> DataLoader:
+    """Return a loader of the given batches of row numbers, which may be empty, as ``StepLoader`` prepares them."""
+    return DataLoader(
+        rows,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_the_run,
+        generator=torch.Generator().manual_seed(0),  # only seeds the workers, which draw nothing
+    )
 
 
 def _leave_signals_to_the_run(worker: int) -> None:

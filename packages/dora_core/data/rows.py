@@ -15,6 +15,8 @@ from dora_core.registry import DATASETS, pipeline_packages
 
 T = TypeVar("T")
 HUB_PREFIX = "hf:"
+INDEX_SUFFIX = ".index.json"
+"""How the names of shards' indices end: JSON that holds no rows."""
 _SUFFIXES = (".json", ".jsonl")
 _BLANK = re.compile(r"[ \t\r\n]*")
 
@@ -89,7 +91,11 @@ def source_files(source: str) -> list[Path]:
             f"{source} is neither a file nor a folder here ({Path.cwd()}). Give a JSON file, a folder, "
             "hf:<name>[:<split>] or a registered name; relative paths start at the working directory."
         )
-    direct = sorted(path for path in root.iterdir() if path.suffix in _SUFFIXES and path.is_file())
+    direct = sorted(
+        path
+        for path in root.iterdir()
+        if path.suffix in _SUFFIXES and not path.name.endswith(INDEX_SUFFIX) and path.is_file()
+    )
     nested = sorted(path for suffix in _SUFFIXES for path in root.glob("*/train" + suffix))
     stems = {path.stem for path in direct}
     if {"train", "test"} <= stems or (direct and nested):

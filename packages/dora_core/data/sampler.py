@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dora_core.config import require
+from dora_core.data.mixture import Mixture
 
 MEGA_BATCH = 50
 """Rows are sorted by length inside runs of this many global batches."""
@@ -17,12 +18,18 @@ MEGA_BATCH = 50
 class StepPlan:
     """The order of rows for one rank; holds no cursor, so a run resumes at any step by asking for that step.
 
-    Every row is taken once per epoch; only the last step of an epoch may take fewer than ``global_batch_size`` rows.
-    The rows of a step do not depend on ``micro_batch_size``, ``world_size`` or ``rank``, which only deal them out.
+    Every row is taken once per epoch, or as often as ``mixture`` says (it must be of ``num_rows`` rows); only the last
+    step of an epoch may take fewer than ``global_batch_size`` rows. The rows of a step do not depend on
+    ``micro_batch_size``, ``world_size`` or ``rank``, which only deal them out.
 
     With ``lengths`` (one number per row) the rows of a step have similar lengths: each epoch is shuffled, sorted
     inside runs of 50 global batches, and the global batches are shuffled again, the one with the longest row first,
     so that a run that will exceed the memory does so at its first step.
+
+    With ``groups`` (one integer per row, such as its modality) the rows of a step are of one group. What is left of
+    each group, less than a global batch, comes together in mixed steps, the short one at the end of the epoch among
+    them. ``lengths`` then sort inside runs of one group. If the longest row is of a group too small for a batch of its
+    own, it is exchanged for one of the first step, which is then mixed too.
     """
 
     def __init__(
@@ -35,6 +42,8 @@ class StepPlan:
         world_size: int = 1,
         rank: int = 0,
         lengths: Sequence[int] | None = None,
+        groups: Sequence[int] | None = None,
+        mixture: Mixture | None = None,
     ) -> None:
         require(num_rows > 0, "num_rows", num_rows, "at least 1", "Give data with at least one row.")
         require(0 <= rank < world_size, "rank", rank, f"in [0, {world_size})")
@@ -47,20 +56,18 @@ class StepPlan:
             f"a positive multiple of micro_batch_size x world_size ({micro_batch_size} x {world_size})",
             "Change train.global_batch_size or train.micro_batch_size.",
         )
-        require(
-            lengths is None or len(lengths) == num_rows,
-            "len(lengths)",
-            None if lengths is None else len(lengths),
-            f"the number of rows ({num_rows})",
-        )
+        if mixture is not None:
+            require(mixture.num_rows == num_rows, "num_rows", num_rows, f"the mixture's ({mixture.num_rows})")
         self.num_rows = num_rows
         self.global_batch_size = global_batch_size
         self.accumulation = global_batch_size // per_pass
-        self.steps_per_epoch = math.ceil(num_rows / global_batch_size)
+        self.steps_per_epoch = math.ceil((mixture.epoch_size if mixture else num_rows) / global_batch_size)
         self._world_size = world_size
         self._rank = rank
         self._seed = seed
-        self._lengths = None if lengths is None else np.asarray(lengths)
+        self._lengths = _one_per_row("lengths", lengths, num_rows)
+        self._groups = _one_per_row("groups", groups, num_rows)
+        self._mixture = mixture
         self._latest: tuple[int, np.ndarray] | None = None  # the order of the epoch asked for last; only for speed
 
     def num_steps(self, num_epochs: float, max_steps: int | None = None) -> int:
@@ -90,22 +97,54 @@ class StepPlan:
     def _order(self, epoch: int) -> np.ndarray:
         if self._latest is None or self._latest[0] != epoch:
             generator = np.random.default_rng([self._seed, epoch])
-            order = generator.permutation(self.num_rows)
-            if self._lengths is not None:
-                order = self._grouped(order, generator)
+            if self._mixture is None:
+                order = generator.permutation(self.num_rows)
+            else:
+                order = generator.permutation(self._mixture.epoch(epoch))
+            if self._lengths is not None or self._groups is not None:
+                order = self._in_batches(order, generator)
             self._latest = (epoch, order)
         return self._latest[1]
 
-    def _grouped(self, order: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        num_full = self.num_rows // self.global_batch_size
-        end = num_full * self.global_batch_size
-        # the rows beyond the last full batch join the last run, where the shortest rows end up in the short batch
-        starts = [*range(0, max(end, 1), MEGA_BATCH * self.global_batch_size), self.num_rows]
-        for start, stop in itertools.pairwise(starts):
-            run = order[start:stop]
-            order[start:stop] = run[np.argsort(-self._lengths[run], kind="stable")]
-        batches = order[:end].reshape(num_full, self.global_batch_size)[generator.permutation(num_full)]
-        if num_full:
-            longest = int(self._lengths[batches].max(axis=1).argmax())
-            batches[[0, longest]] = batches[[longest, 0]]
-        return np.concatenate([batches.reshape(-1), order[end:]])
+    def _in_batches(self, order: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Return the rows in alike global batches, those in random order, and the rows that fill none at the end."""
+        full, left = zip(*[self._split(rows) for rows in self._by_group(order)], strict=True)
+        mixed, rest = self._split(np.concatenate(left))
+        batches = np.concatenate([*full, mixed]).reshape(-1, self.global_batch_size)
+        batches = batches[generator.permutation(len(batches))]
+        if self._lengths is not None and len(batches):
+            self._put_longest_first(batches, rest)
+        return np.concatenate([batches.reshape(-1), rest])
+
+    def _by_group(self, order: np.ndarray) -> list[np.ndarray]:
+        if self._groups is None:
+            return [order]
+        groups = self._groups[order]
+        return [order[groups == group] for group in np.unique(groups)]
+
+    def _split(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows of full global batches, of similar lengths each, and the remaining rows."""
+        end = len(rows) - len(rows) % self.global_batch_size
+        if self._lengths is not None:
+            # the rows beyond the last full batch join the last run, where the shortest rows end up outside the batches
+            starts = [*range(0, max(end, 1), MEGA_BATCH * self.global_batch_size), len(rows)]
+            runs = [rows[start:stop] for start, stop in itertools.pairwise(starts)]
+            rows = np.concatenate([run[np.argsort(-self._lengths[run], kind="stable")] for run in runs])
+        return rows[:end], rows[end:]
+
+    def _put_longest_first(self, batches: np.ndarray, rest: np.ndarray) -> None:
+        """Exchange, in place, the first of ``batches`` ``[N, global_batch_size]`` for the one with the longest row."""
+        lengths = self._lengths[batches]
+        longest = int(lengths.max(axis=1).argmax())
+        batches[[0, longest]] = batches[[longest, 0]]
+        if len(rest) and self._lengths[rest].max() > lengths.max():
+            there = int(self._lengths[rest].argmax())
+            here = int(lengths[longest].argmin())
+            batches[0, here], rest[there] = rest[there], batches[0, here]
+
+
+def _one_per_row(name: str, values: Sequence[int] | None, num_rows: int) -> np.ndarray | None:
+    if values is None:
+        return None
+    require(len(values) == num_rows, f"len({name})", len(values), f"the number of rows ({num_rows})")
+    return np.asarray(values, dtype=np.int64)

@@ -85,16 +85,7 @@ class World:
         Every rank must call it, with None if it has nothing to do. For what must not leave the other ranks waiting:
         files, above all.
         """
-        result, problem = None, None
-        try:
-            result = work() if work is not None else None
-        except Exception as error:  # whatever it is, the others must hear of it before this rank leaves
-            named = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            problem = f"rank {self.rank}: {named}{error}" if self.size > 1 else f"{named}{error}"
-        problems = [text for text in self.gather(problem) if text]
-        if problems:
-            raise RankFailureError(problems[0])
-        return result
+        return agree(work, self.gather, self.rank if self.size > 1 else None)
 
     def on_main(self, work: Callable[[], T]) -> T | None:
         """Do ``work`` on rank 0 alone; as ``agree``, its failure raises on every rank."""
@@ -103,6 +94,20 @@ class World:
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
+
+
+def agree(work: Callable[[], T] | None, gather: Callable[[Any], list[Any]], rank: int | None) -> T | None:
+    """Do what ``World.agree`` says, with another way to ``gather`` every rank's object; messages name ``rank``."""
+    result, failure, problem = None, None, None
+    try:
+        result = work() if work is not None else None
+    except Exception as error:  # whatever it is, the others must hear of it before this rank leaves
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        failure, problem = error, ("" if rank is None else f"rank {rank}: ") + f"{kind}{error}"
+    problems = [text for text in gather(problem) if text is not None]
+    if problems:
+        raise RankFailureError(problems[0]) from failure
+    return result
 
 
 def bound_collectives(timeout_s: float) -> None:

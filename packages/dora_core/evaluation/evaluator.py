@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 from dora_core.evaluation.results import Metric
 
@@ -50,5 +51,20 @@ class Evaluator(Protocol):
         ...
 
     def score(self, predictions: list[dict[str, Any]]) -> list[Metric]:
-        """Return the metrics of all rows' predictions; the runner adds hashes and commit."""
+        """Return the metrics of all rows' predictions, first the one to report; the runner adds hashes and commit.
+
+        None at all if the answers are not known here, as with those that a server keeps.
+        """
+        ...
+
+
+@runtime_checkable
+class FileWriter(Protocol):
+    """What an evaluator may offer besides: files for other programs and servers."""
+
+    def write_files(self, predictions: list[dict[str, Any]], folder: Path, context: EvaluationContext) -> None:
+        """Write the evaluator's own files, such as submissions, into the results folder.
+
+        Called on rank 0 alone, after ``score``, with all predictions. What it raises is raised on every rank.
+        """
         ...

@@ -6,7 +6,8 @@ Legend of tensor names: B rows of a batch, S tokens of the longest row, T tokens
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,25 +24,29 @@ FILLER_ID = 0  # any token: what stands at a masked place or in a call made for 
 def generate_texts(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Sequence[list[int]],
     *,
     batch_size: int,
     num_beams: int,
     max_new_tokens: int,
+    inputs_for: Callable[[list[int]], dict[str, Tensor]] | None = None,
     num_calls: int | None = None,
     synced: bool = False,
     device: torch.device | None = None,
 ) -> list[str]:
     """Return the continuation of each prompt, in order, by greedy (``num_beams`` 1) or beam search, never sampling.
 
-    Prompts are padded on the left under a mask and never truncated. A continuation ends before the first end-of-text
-    token of the tokenizer or of the model's generation config, whose other settings are left aside. ``model`` is the
-    model itself, not an engine around it.
+    Prompts, texts or token ids, are padded on the left under a mask and never truncated. A continuation ends before the
+    first end-of-text token of the tokenizer or of the model's generation config, whose other settings are left aside.
+    ``model`` is the model itself, not an engine around it.
+
+    ``inputs_for`` returns what else the model takes, such as pixels, for the prompts at some places, which may be none.
+    It runs one batch ahead in another thread; its tensors are on the model's device or are moved there.
 
     Under ZeRO-3 every rank must call this with ``synced`` and the same ``num_calls``: ranks with fewer batches make
     up for them, and each call runs until all ranks are done with it.
     """
-    encoded = [_encode_prompt(tokenizer, prompt) for prompt in prompts]
+    encoded = [_encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     device = device or _device_of(model)
     end_ids = _end_ids(model, tokenizer)
     settings = GenerationConfig(
@@ -54,11 +59,13 @@ def generate_texts(
     )
     texts = [""] * len(prompts)
     with evaluation_mode(model), _own_generation_config_only(model):
-        for places in _batches([len(ids) for ids in encoded], batch_size, num_calls):
+        batches = _batches([len(ids) for ids in encoded], batch_size, num_calls)
+        for places, others in _one_ahead(batches, inputs_for or (lambda places: {})):
             ids_BS, mask_BS = _pad([encoded[place] for place in places] or [[FILLER_ID]], left=True)
             output_BS = model.generate(
                 input_ids=ids_BS.to(device),
                 attention_mask=mask_BS.to(device),
+                **{name: tensor.to(device) for name, tensor in others.items()},
                 generation_config=settings,
                 synced_gpus=synced,
             )
@@ -153,6 +160,21 @@ def _batches(lengths: list[int], batch_size: int, num_calls: int | None) -> Iter
         )
     yield from batches
     yield from ([] for _ in range((num_calls or 0) - len(batches)))
+
+
+def _one_ahead(
+    batches: Iterable[list[int]], inputs_for: Callable[[list[int]], dict[str, Tensor]]
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Yield each batch with its inputs, which are made while the batch before is being worked on."""
+    with ThreadPoolExecutor(1) as worker:
+        waiting = None
+        for places in batches:
+            upcoming = (places, worker.submit(inputs_for, places))
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = upcoming
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
 
 
 def _pad(rows: list[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,8 @@ import json
 import math
 import os
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,20 @@ def accuracy_metric(name: str, correct: Sequence[bool], *, extra: Mapping[str, A
     value = sum(map(bool, correct)) / n
     stderr = math.sqrt(value * (1 - value) / n)
     return Metric(name=name, metric="accuracy", value=value, stderr=stderr, n=n, extra=dict(extra or {}))
+
+
+def mean_metric(name: str, metric: str, values: Sequence[float], *, extra: Mapping[str, Any] | None = None) -> Metric:
+    """Return the mean of ``values`` as a metric record without hashes, with the standard error sd / sqrt(n).
+
+    The standard deviation divides by n, so that values of 0 and 1 give what ``accuracy_metric`` gives. Raises
+    ``ValueError`` for no values.
+    """
+    n = len(values)
+    if n == 0:
+        raise ValueError(f"{name} has 0 values; a mean needs at least one. Score at least one row.")
+    value = math.fsum(values) / n
+    stderr = math.sqrt(math.fsum((each - value) ** 2 for each in values)) / n
+    return Metric(name=name, metric=metric, value=value, stderr=stderr, n=n, extra=dict(extra or {}))
 
 
 def average_metric(name: str, metrics: Sequence[Metric], *, extra: Mapping[str, Any] | None = None) -> Metric:
@@ -118,10 +133,29 @@ def write_results(folder: Path, metrics: Sequence[Metric], predictions: Iterable
     ``ValueError`` for a value that JSON has no word for, such as NaN.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _replace_file(folder / PREDICTIONS_FILE, (_line(prediction) for prediction in predictions))
+    replace_file(folder / PREDICTIONS_FILE, (_line(prediction) for prediction in predictions))
     document = {"format": FORMAT_VERSION, "metrics": [asdict(metric) for metric in metrics]}
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    _replace_file(folder / RESULTS_FILE, [text + "\n"])
+    replace_file(folder / RESULTS_FILE, [text + "\n"])
+
+
+def replace_file(path: Path, lines: Iterable[str]) -> None:
+    """Write ``lines`` (with their ends) to ``path`` in one step."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a path to write to, which then takes the place of ``path``: a reader sees the old file or the new, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_results(folder: Path) -> list[Metric]:
@@ -180,18 +214,6 @@ def _sha256(lines: Iterable[str]) -> str:
     for line in lines:
         digest.update(line.encode("utf-8") + b"\n")
     return digest.hexdigest()
-
-
-def _replace_file(path: Path, lines: Iterable[str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

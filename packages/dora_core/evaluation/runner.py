@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from dora_core.evaluation.evaluator import EvaluationContext, Evaluator
+from dora_core.engine import distributed
+from dora_core.evaluation.evaluator import EvaluationContext, Evaluator, FileWriter
 from dora_core.evaluation.results import Metric, commit_hash, dataset_hash, write_results
+
+T = TypeVar("T")
 
 
 def run_evaluators(
@@ -25,9 +29,10 @@ def run_evaluators(
 
     Every rank must call it; every rank gets the same metrics. All rows are loaded before the first forward pass, so
     that a missing file ends the run at once. Rank 0 writes ``folder`` anew after each evaluator, so that an
-    interrupted run leaves what it has finished.
+    interrupted run leaves what it has finished, and then lets the evaluator write files of its own. A failure to read
+    or to write on one rank raises ``ValueError`` on all of them.
     """
-    loaded = [(evaluator, evaluator.load(context.section)) for evaluator in evaluators]
+    loaded = [(evaluator, agree(partial(evaluator.load, context.section), context)) for evaluator in evaluators]
     commit = commit_hash()
     metrics: list[Metric] = []
     predictions: list[dict[str, Any]] = []
@@ -35,15 +40,22 @@ def run_evaluators(
         new_metrics, new_predictions = run_evaluator(evaluator, rows, context, commit=commit)
         metrics += new_metrics
         predictions += new_predictions
+        on_main(partial(write_results, folder, metrics, predictions), context)
+        if isinstance(evaluator, FileWriter):
+            on_main(partial(evaluator.write_files, new_predictions, folder, context), context)
         if context.rank == 0:
-            write_results(folder, metrics, predictions)
-            scores = ", ".join(f"{metric.metric} {metric.value:.4f}" for metric in new_metrics)
-            print(f"[{place}/{len(loaded)}] {evaluator.name}: {scores}", flush=True)
+            print(f"[{place}/{len(loaded)}] {evaluator.name}: {describe_scores(new_metrics)}", flush=True)
     if summarize is not None:
         metrics += summarize(metrics)
-        if context.rank == 0:
-            write_results(folder, metrics, predictions)
+        on_main(partial(write_results, folder, metrics, predictions), context)
     return metrics
+
+
+def describe_scores(metrics: Sequence[Metric]) -> str:
+    """Return one evaluator's scores in a few words: those under the name of its first, the reported, metric."""
+    if not metrics:
+        return "no scores, the answers are not known here"
+    return ", ".join(f"{each.metric} {each.value:.4f}" for each in metrics if each.name == metrics[0].name)
 
 
 def run_evaluator(
@@ -103,6 +115,22 @@ def equal_calls(num_items: int, batch_size: int, context: EvaluationContext) -> 
     if not context.synced:
         return None
     return max(gather_objects(math.ceil(num_items / batch_size), context))
+
+
+def agree(work: Callable[[], T] | None, context: EvaluationContext) -> T | None:
+    """Do ``work`` on this rank, None for nothing, and return its result; every rank must call it.
+
+    If it fails on any of several ranks, all raise ``RankFailureError``, a ``ValueError``, so that none is left
+    waiting; what fails on an only rank is raised as it is.
+    """
+    if context.world_size == 1:
+        return work() if work is not None else None
+    return distributed.agree(work, partial(gather_objects, context=context), context.rank)
+
+
+def on_main(work: Callable[[], Any], context: EvaluationContext) -> None:
+    """Do ``work`` on rank 0 alone; every rank must call it, and its failure raises on all, as in ``agree``."""
+    agree(work if context.rank == 0 else None, context)
 
 
 def gather_objects(item: Any, context: EvaluationContext) -> list[Any]:

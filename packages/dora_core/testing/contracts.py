@@ -38,8 +38,7 @@ def exported_is_trained(run_folder: Path) -> bool:
         adapter = {}
         for name, value in weights.items():
             module, _, key = name.rpartition(".")
-            if key in SUFFIXES:
-                adapter[PREFIX + module + SUFFIXES[key]] = value
+            adapter[PREFIX + module + SUFFIXES.get(key, f".{key}")] = value
         return adapter.keys() == exported.keys() and all(
             (exported[key] == value).all() for key, value in adapter.items()
         )

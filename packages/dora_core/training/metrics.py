@@ -49,11 +49,7 @@ class MetricLog:
 
     def drop_after(self, step: int) -> None:
         """Forget rows later than ``step``, which a resumed run writes again."""
-        if self.path.is_file():
-            kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-            aside = self.path.with_suffix(".tmp")
-            aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            aside.replace(self.path)
+        drop_rows_after(self.path, step)
 
     def close(self) -> None:
         """Flush everything."""
@@ -74,6 +70,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def drop_rows_after(path: Path, step: int) -> None:
+    """Rewrite a file of rows such as ``metrics.jsonl`` without those later than ``step``; it need not exist."""
+    if path.is_file():
+        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        aside.replace(path)
+
+
 def plot_losses(curves: dict[str, Path], picture: Path) -> None:
     """Draw training loss (thin) and validation loss (dots) of one or more ``metrics.jsonl`` files as PNG."""
     figure, axes = _figure()
@@ -90,8 +95,13 @@ def plot_losses(curves: dict[str, Path], picture: Path) -> None:
     figure.savefig(picture, dpi=120)
 
 
-def plot_accuracies(scores: dict[str, dict[str, float]], chance: dict[str, float], picture: Path) -> None:
-    """Draw grouped bars of accuracy in percent, ``scores[method][task]``, with chance as a line, as PNG."""
+def plot_accuracies(
+    scores: dict[str, dict[str, float]], chance: dict[str, float], picture: Path, chance_label: str = "chance"
+) -> None:
+    """Draw grouped bars of accuracy in percent, ``scores[method][task]``, with chance as a line, as PNG.
+
+    ``chance_label`` is for another level in its place.
+    """
     figure, axes = _figure(width=9)
     tasks = list(chance)
     width = 0.8 / max(1, len(scores))
@@ -100,7 +110,9 @@ def plot_accuracies(scores: dict[str, dict[str, float]], chance: dict[str, float
         axes.bar(at, [100 * values.get(task, 0.0) for task in tasks], width, label=method)
     for index, task in enumerate(tasks):
         at_chance = 100 * chance[task]
-        axes.plot([index - 0.4, index + 0.4], [at_chance] * 2, "k--", linewidth=1, label=None if index else "chance")
+        axes.plot(
+            [index - 0.4, index + 0.4], [at_chance] * 2, "k--", linewidth=1, label=None if index else chance_label
+        )
     axes.set_xticks(range(len(tasks)), tasks, rotation=20)
     axes.set(ylabel="accuracy, %", ylim=(0, 100))
     axes.legend(ncols=min(6, len(scores) + 1), loc="upper center", bbox_to_anchor=(0.5, 1.15))

@@ -85,6 +85,7 @@ def test_the_files_are_exactly_pefts(trained, tmp_path) -> None:
         "lora_alpha": 6,
         "lora_dropout": 0.1,
         "target_modules": ["q_proj", "up_proj", "o_proj"],
+        "exclude_modules": None,
         "rank_pattern": {
             r"model\.layers\.0\.self_attn\.o_proj": 1,
             r"model\.layers\.1\.self_attn\.o_proj": 1,

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -16,6 +17,7 @@ from dora_core.adapters import (
     LoRALinear,
     apply_adapters,
     parameter_groups,
+    save_adapter,
 )
 from dora_core.registry import ADAPTERS
 
@@ -325,3 +327,40 @@ def test_the_share_of_granular_tuning_is_the_papers() -> None:
         targets=["q_proj", "k_proj", "v_proj"], magnitude_targets=["o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     assert round(100 * apply_adapters(model, config).share, 2) == 0.39
+
+
+class Tower(nn.Module):
+    """A language model and a tower whose layers have the same names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.language = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "v_proj": nn.Linear(4, 4)})
+        self.vision_tower = nn.ModuleDict({"q_proj": nn.Linear(4, 4)})
+
+
+@pytest.mark.parametrize("exclude", [["vision_tower.q_proj"], r"vision_tower\..*"])
+def test_excluded_modules_are_never_targets_and_peft_excludes_them_too(exclude, tmp_path):
+    model = Tower()
+    config = AdapterConfig(rank=2, targets=["q_proj"], exclude=exclude)
+    report = apply_adapters(model, config)
+    assert [module.name for module in report.modules] == ["language.q_proj"]
+    save_adapter(model, config, tmp_path)
+    loaded = PeftModel.from_pretrained(Tower(), tmp_path)
+    assert {name for name, module in loaded.named_modules() if hasattr(module, "lora_A")} == {
+        "base_model.model.language.q_proj"
+    }
+
+
+def test_a_pattern_that_matches_excluded_modules_alone_is_an_error():
+    with pytest.raises(AdapterError, match=r"Unknown pattern 'vision_tower\.q_proj'"):
+        apply_adapters(Tower(), AdapterConfig(targets=["vision_tower.q_proj"], exclude=r"vision_tower\..*"))
+    with pytest.raises(ValueError, match=r"adapter\.exclude is"):
+        AdapterConfig(exclude="(")
+
+
+def test_excluded_modules_may_still_be_trained_as_they_are():
+    model = Tower()
+    apply_adapters(
+        model, AdapterConfig(rank=2, targets=["v_proj"], exclude=r"vision_tower.*", trainable=["vision_tower"])
+    )
+    assert model.vision_tower["q_proj"].weight.requires_grad

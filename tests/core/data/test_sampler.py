@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dora_core.data.mixture import Mixture
 from dora_core.data.sampler import StepPlan
 
 splits = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))  # world size, micro-batch, accumulation
 
 
-def plans(num_rows, split, seed, lengths=None):
+def plans(num_rows, split, seed, lengths=None, **more):
     world_size, micro, accumulation = split
     return [
         StepPlan(
@@ -22,6 +26,7 @@ def plans(num_rows, split, seed, lengths=None):
             world_size=world_size,
             rank=rank,
             lengths=lengths,
+            **more,
         )
         for rank in range(world_size)
     ]
@@ -116,3 +121,92 @@ def test_a_batch_size_that_does_not_divide_is_an_error():
         StepPlan(num_rows=0, global_batch_size=4, micro_batch_size=4, seed=0)
     with pytest.raises(ValueError, match="number of rows"):
         StepPlan(num_rows=3, global_batch_size=4, micro_batch_size=4, seed=0, lengths=[1])
+
+
+def steps_of(plan, epoch=0):
+    return [plan.rows(step) for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)]
+
+
+def test_the_order_without_groups_and_mixture_is_the_one_recorded():
+    lengths = [1 + (13 * row) % 41 for row in range(1001)]
+    for by_length, digest in ((None, "c632efa503abb6aa"), (lengths, "43997d1fa44bcd50")):
+        (plan,) = plans(1001, (1, 4, 4), 7, by_length)
+        rows = [steps_of(plan, epoch) for epoch in range(3)]
+        assert hashlib.sha256(str(rows).encode()).hexdigest()[:16] == digest
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.integers(1, 300), st.integers(1, 12), st.integers(1, 4), st.integers(0, 2), st.booleans())
+def test_steps_are_of_one_group_but_for_what_is_left_of_each(num_rows, batch, num_groups, epoch, with_lengths):
+    groups = [(row * row // 7) % num_groups for row in range(num_rows)]
+    lengths = [1 + (13 * row) % 41 for row in range(num_rows)] if with_lengths else None
+    (plan,) = plans(num_rows, (1, batch, 1), 0, lengths, groups=groups)
+    steps = steps_of(plan, epoch)
+    assert sorted(row for rows in steps for row in rows) == list(range(num_rows))
+    assert all(len(rows) == batch for rows in steps[:-1])
+    pure = Counter(groups[rows[0]] for rows in steps if len(rows) == batch and len({groups[row] for row in rows}) == 1)
+    fullest = {group: count // batch for group, count in Counter(groups).items()}
+    too_small = with_lengths and 0 in fullest.values()  # one batch may have had to take in the longest row
+    assert sum(fullest.values()) - sum(pure.values()) <= (1 if too_small else 0)
+    if with_lengths and num_rows >= batch:
+        assert max(lengths[row] for row in steps[0]) == max(lengths)
+
+
+def test_a_longest_row_of_a_group_without_a_batch_of_its_own_still_comes_first():
+    lengths = [10] * 30 + [99, 98]
+    (plan,) = plans(32, (1, 5, 1), 0, lengths, groups=[0] * 30 + [1] * 2)
+    steps = steps_of(plan)
+    assert 30 in steps[0] and sorted(row for rows in steps for row in rows) == list(range(32))
+    assert len(steps[-1]) == 2
+
+
+def test_groups_are_shuffled_among_each_other_and_within():
+    groups = [row % 2 for row in range(400)]
+    (plan,) = plans(400, (1, 4, 1), 0, groups=groups)
+    first, second = steps_of(plan, 0), steps_of(plan, 1)
+    assert {frozenset(rows) for rows in first}.isdisjoint({frozenset(rows) for rows in second})
+    order = [groups[rows[0]] for rows in first]
+    assert order != sorted(order) and order[: len(order) // 2].count(0) in range(15, 36)
+
+
+def test_groups_keep_similar_lengths_together():
+    lengths = [1 + (97 * row) % 256 + 300 * (row % 2) for row in range(3000)]
+    (plan,) = plans(3000, (1, 16, 1), 0, lengths, groups=[row % 2 for row in range(3000)])
+    padded = sum(max(lengths[row] for row in rows) * len(rows) for rows in steps_of(plan))
+    assert padded < 1.03 * sum(lengths)
+
+
+def test_one_group_for_all_rows_changes_nothing_when_lengths_are_given():
+    lengths = [(13 * row) % 41 for row in range(101)]
+    (without,), (with_group,) = plans(101, (1, 6, 1), 3, lengths), plans(101, (1, 6, 1), 3, lengths, groups=[5] * 101)
+    assert [steps_of(without, epoch) for epoch in range(3)] == [steps_of(with_group, epoch) for epoch in range(3)]
+
+
+@pytest.mark.parametrize("with_lengths", [False, True])
+@pytest.mark.parametrize("with_groups", [False, True])
+def test_an_epoch_of_a_mixture_takes_its_rows_in_shuffled_order(with_lengths, with_groups):
+    mixture = Mixture([30, 50, 9], [1.0, 0.3, 2.0], seed=3)
+    options = {"lengths": [5 + (7 * row) % 23 for row in range(89)]} if with_lengths else {}
+    if with_groups:
+        options["groups"] = [int(row >= 30) for row in range(89)]
+    (plan,) = plans(89, (1, 4, 1), 3, mixture=mixture, **options)
+    assert plan.num_rows == 89 and plan.steps_per_epoch == 16  # of 30 + 15 + 18 rows
+    for epoch in range(4):
+        taken = [row for rows in steps_of(plan, epoch) for row in rows]
+        assert Counter(taken) == Counter(mixture.epoch(epoch).tolist())
+        assert taken != mixture.epoch(epoch).tolist()
+
+
+def test_a_mixture_of_everything_once_is_an_epoch_like_any_other():
+    (plan,) = plans(37, (1, 4, 2), 0, mixture=Mixture([20, 17], [1, 1], seed=0))
+    whole = [plan.micro_batches(step) for step in range(25)]
+    assert sorted(row for step in whole[:5] for rows in step for row in rows) == list(range(37))
+    (fresh,) = plans(37, (1, 4, 2), 0, mixture=Mixture([20, 17], [1, 1], seed=0))
+    assert [fresh.micro_batches(step) for step in range(11, 25)] == whole[11:]
+
+
+def test_groups_and_mixture_must_be_of_the_plans_rows():
+    with pytest.raises(ValueError, match=r"len\(groups\) is 2; it must be the number of rows \(3\)"):
+        plans(3, (1, 2, 1), 0, groups=[0, 1])
+    with pytest.raises(ValueError, match=r"num_rows is 3; it must be the mixture's \(4\)"):
+        plans(3, (1, 2, 1), 0, mixture=Mixture([2, 2], [1, 1], seed=0))

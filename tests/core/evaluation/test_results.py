@@ -15,6 +15,7 @@ from dora_core.evaluation.results import (
     config_hash,
     dataset_hash,
     format_table,
+    mean_metric,
     read_results,
     write_results,
 )
@@ -30,6 +31,20 @@ def test_the_standard_error_of_an_accuracy_divides_by_n() -> None:
 def test_an_accuracy_of_no_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="llm/boolq has 0 predictions"):
         accuracy_metric("llm/boolq", [])
+
+
+def test_the_standard_error_of_a_mean_is_the_deviation_over_the_root_of_n() -> None:
+    metric = mean_metric("vlm/vqav2", "vqa_accuracy", [0.0, 0.3, 0.6, 0.9], extra={"majority": 0.1})
+    assert (metric.value, metric.n, metric.metric) == (pytest.approx(0.45), 4, "vqa_accuracy")
+    assert metric.stderr == pytest.approx(math.sqrt((0.45**2 + 0.15**2) * 2 / 4) / 2)
+    assert metric.extra == {"majority": 0.1}
+    with pytest.raises(ValueError, match="vlm/vqav2 has 0 values"):
+        mean_metric("vlm/vqav2", "vqa_accuracy", [])
+
+
+def test_a_mean_of_zeros_and_ones_is_an_accuracy() -> None:
+    mean, accuracy = mean_metric("a", "accuracy", [1.0, 1.0, 0.0]), accuracy_metric("a", [True, True, False])
+    assert (mean.value, mean.stderr) == pytest.approx((accuracy.value, accuracy.stderr))
 
 
 def test_an_average_weighs_tasks_equally_whatever_their_size() -> None:

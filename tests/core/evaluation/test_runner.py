@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dora_core.evaluation.evaluator import EvaluationContext
 from dora_core.evaluation.generation import generate_texts, option_log_likelihoods
 from dora_core.evaluation.results import Metric, accuracy_metric, average_metric, read_results
-from dora_core.evaluation.runner import equal_calls, place_among_ranks, run_evaluator, run_evaluators
+from dora_core.evaluation.runner import describe_scores, equal_calls, place_among_ranks, run_evaluator, run_evaluators
 
 BATCH_SIZE = 2
 WORDS = ["is", "it", "so", "that", "the", "sea", "and", "sky", "are", "blue", "or", "green", "when", "ice", "floats"]
@@ -66,6 +66,44 @@ class WordTask:
 
     def score(self, predictions: list[dict[str, Any]]) -> list[Metric]:
         return [accuracy_metric(self.name, [prediction["correct"] for prediction in predictions])]
+
+
+@dataclass(frozen=True)
+class FileTask(WordTask):
+    """The toy benchmark with a file of its own."""
+
+    def write_files(self, predictions: list[dict[str, Any]], folder: Path, context: EvaluationContext) -> None:
+        places = [prediction["place"] for prediction in predictions]
+        written = [metric.name for metric in read_results(folder)]
+        (folder / "places.json").write_text(json.dumps([places, written, context.rank]), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class FullDiskTask(WordTask):
+    """The toy benchmark, whose file cannot be written."""
+
+    def write_files(self, predictions: list[dict[str, Any]], folder: Path, context: EvaluationContext) -> None:
+        raise OSError("no space left")
+
+
+@dataclass(frozen=True)
+class HalfCopiedTask(WordTask):
+    """The toy benchmark, whose data are on the first rank's machine only."""
+
+    rank: int
+
+    def load(self, section: Any) -> list[dict[str, Any]]:
+        if self.rank == 1:
+            raise ValueError("test.json is missing")
+        return super().load(section)
+
+
+@dataclass(frozen=True)
+class UnansweredTask(WordTask):
+    """The toy benchmark without answers to compare with."""
+
+    def score(self, predictions: list[dict[str, Any]]) -> list[Metric]:
+        return []
 
 
 TASKS = (
@@ -126,7 +164,7 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
 
 
 def run_as_rank(rank: int, folder: Path) -> None:
-    """Evaluate as one of two ranks, moving together and freely, and check that differing rows are refused."""
+    """Evaluate as one of two ranks, moving together and freely, and check that one rank's trouble reaches both."""
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", store, timedelta(seconds=60), world_size=2, rank=rank)
@@ -140,6 +178,11 @@ def run_as_rank(rank: int, folder: Path) -> None:
     context = tiny_context(rank=rank, world_size=2)
     with pytest.raises(ValueError, match="different rows on different ranks"):
         run_evaluator(TASKS[0], [{"prompt": "a", "place": rank}], context)
+    with pytest.raises(ValueError, match="rank 0: OSError: no space left"):
+        run_evaluators([FullDiskTask("full disk", 3, "rank")], context, folder / "full disk")
+    with pytest.raises(ValueError, match=r"rank 1: test\.json is missing"):
+        run_evaluators([HalfCopiedTask("half copied", 3, "rank", rank)], context, folder / "half copied")
+    run_evaluators([FileTask("with a file", 3, "rank")], context, folder / "with a file")
     (folder / f"metrics{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
 
@@ -184,6 +227,36 @@ def test_two_ranks_give_exactly_what_one_process_gives(tmp_path: Path) -> None:
             assert read_predictions(folder) == read_predictions(alone)
             assert read_results(folder) == read_results(alone)
             assert len(read_predictions(folder)) == sum(task.num_rows for task in TASKS)
+
+    written = json.loads((tmp_path / "with a file" / "places.json").read_text(encoding="utf-8"))
+    assert written == [[0, 1, 2], ["with a file"], 0]
+    assert len(read_predictions(tmp_path / "full disk")) == 3
+    assert not (tmp_path / "half copied").exists()
+
+
+def test_an_evaluators_own_files_are_written_once_its_results_are_there(tmp_path: Path) -> None:
+    run_evaluators([FileTask("one", 2, "rank"), TASKS[3]], tiny_context(), tmp_path)
+    assert json.loads((tmp_path / "places.json").read_text(encoding="utf-8")) == [[0, 1], ["one"], 0]
+
+
+def test_what_fails_on_an_only_rank_is_raised_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="no space left"):
+        run_evaluators([FullDiskTask("full disk", 1, "rank")], tiny_context(), tmp_path)
+
+
+def test_progress_says_when_there_are_no_answers_to_score_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_evaluators([UnansweredTask("kept secret", 1, "rank")], tiny_context(), tmp_path) == []
+    assert capsys.readouterr().out == "[1/1] kept secret: no scores, the answers are not known here\n"
+    assert read_results(tmp_path) == []
+    assert len(read_predictions(tmp_path)) == 1
+
+
+def test_progress_shows_the_reported_score_and_not_its_parts() -> None:
+    whole = accuracy_metric("task", [True, False])
+    part = accuracy_metric("task-part", [True])
+    assert describe_scores([whole, part]) == "accuracy 0.5000"
 
 
 def test_metrics_carry_the_hashes_and_predictions_the_place_of_their_row() -> None:

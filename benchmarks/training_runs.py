@@ -1,0 +1,82 @@
+"""What the training benchmarks share: run a recipe under the ``deepspeed`` launcher and read its figures."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "packages"), str(ROOT)]
+
+import torch
+
+from dora_core.training.metrics import read_metrics
+
+
+def run_recipe(pipeline: str, recipe: str, overrides: Mapping[str, Any], output: Path, name: str, warmup: int) -> dict:
+    """Run a recipe on all GPUs as run ``name`` below ``output``; return its figures, or ``error`` and the log's end.
+
+    Medians and interquartile ranges are over the steps after ``warmup``.
+    """
+    settings = {
+        "train.log_every": 1,
+        "log.tensorboard": "false",
+        "log.progress": "false",
+        "run.root": output,
+        "run.name": name,
+        **overrides,
+    }
+    command = [str(Path(sys.executable).with_name("deepspeed"))]
+    if not Path(command[0]).is_file():
+        command = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    command += ["--num_gpus", str(max(1, torch.cuda.device_count())), str(ROOT / "pipelines" / pipeline / "train.py")]
+    command += ["--config", recipe]
+    for key, value in settings.items():
+        command += [f"--{key}", str(value)]
+    log = output / f"{name}.log"
+    with log.open("w") as file:
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+    metrics = output / name / "metrics.jsonl"
+    if code or not metrics.is_file():
+        return {"error": f"status {code}", "log": log.read_text()[-2000:]}
+    rows = [row for row in read_metrics(metrics) if "loss" in row]
+    steady = [row for row in rows if row["step"] > warmup]
+    figures: dict[str, Any] = {"num_steps": len(steady)}
+    for key in ("step_time_s", "tokens_per_s", "num_images"):
+        values = [row[key] for row in steady if key in row]
+        if values:
+            figures |= {key: statistics.median(values), f"{key}_iqr": iqr(values)}
+    figures["data_wait"] = statistics.median(row["data_wait"] for row in steady)
+    figures["largest_data_wait"] = max(row["data_wait"] for row in steady)
+    figures["peak_gib"] = max(row.get("peak_gib", 0.0) for row in rows)
+    return figures | {"first_loss": rows[0]["loss"], "last_loss": rows[-1]["loss"]}
+
+
+def environment() -> dict:
+    """Return hardware and versions."""
+    import deepspeed
+    import transformers
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "hardware": gpu,
+        "num_gpus": torch.cuda.device_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "transformers": transformers.__version__,
+        "deepspeed": deepspeed.__version__,
+    }
+
+
+def iqr(values: Sequence[float]) -> float:
+    """Return the interquartile range; 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4)
+    return high - low

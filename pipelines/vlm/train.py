@@ -1,0 +1,169 @@
+"""Fine-tune a LLaVA: ``deepspeed pipelines/vlm/train.py --config RECIPE [--section.field value]``."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: import from this checkout, never from this file's own folder
+    _root = Path(__file__).resolve().parents[2]
+    sys.path[:] = [
+        str(_root / "packages"),
+        str(_root),
+        *(p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent),
+    ]
+
+import torch
+from torch.utils.data import Subset
+
+from dora_core.adapters import apply_adapters, reuse_norms
+from dora_core.data.loader import StepLoader, batch_loader
+from dora_core.data.sampler import StepPlan
+from dora_core.engine.build import DTYPES, Engine, build_engine
+from dora_core.engine.state import restore_weights
+from dora_core.engine.zero import resolve_zero
+from dora_core.training.bad_rows import BadRows
+from dora_core.training.run import Run
+from dora_core.training.script import run_training
+from pipelines.vlm.batches import Collate, to_model
+from pipelines.vlm.config import RECIPES, VLMConfig
+from pipelines.vlm.data import ConversationRows, Encoder, load_training_data
+from pipelines.vlm.evaluate import evaluate_in_run
+from pipelines.vlm.export import export, what_is_trained
+from pipelines.vlm.model import instruction_loss, load_llava, load_tokenizer, param_groups
+
+COUNTS = ("num_targets", "num_tokens", "num_images", "num_rows", "num_bad", "num_truncated", "num_untrainable")
+
+
+def train(cfg: VLMConfig) -> None:
+    """Load, adapt, shard, step, save; everything a run leaves behind is in its folder."""
+    with Run.start(cfg) as run:
+        zero = resolve_zero(cfg.deepspeed, cfg.train, run.world)
+        tokenizer = load_tokenizer(cfg.model)
+        model, vision = load_llava(
+            cfg.model,
+            tokenizer,
+            cfg.train.precision,
+            zero,
+            seed=cfg.run.seed,
+            gradient_checkpointing=cfg.train.gradient_checkpointing,
+        )
+        encoder = Encoder(tokenizer, vision, cfg.data)
+        rows, validation, mixture, data_report = load_training_data(cfg.data, encoder, cfg.run.seed)
+        run.say(data_report)
+        run.say(apply_adapters(model, cfg.adapter))
+        run.say(f"the result will be: {what_is_trained(model)}")
+        engine = build_engine(model, param_groups(model, cfg.train), cfg.train, zero, run.world)
+
+        plan = StepPlan(
+            num_rows=len(rows),
+            global_batch_size=cfg.train.global_batch_size,
+            micro_batch_size=cfg.train.micro_batch_size,
+            seed=cfg.run.seed,
+            world_size=run.world.size,
+            rank=run.world.rank,
+            mixture=mixture,
+            lengths=rows.lengths() if cfg.data.group_by_modality else None,
+            groups=rows.modalities() if cfg.data.group_by_modality else None,
+        )
+        num_steps = plan.num_steps(cfg.train.num_epochs, cfg.train.max_steps)
+        progress = run.resume(engine, num_steps, f"{data_report.dataset_hash}, {len(rows)} rows")
+        collate = Collate(tokenizer.pad_token_id, vision.size)
+        workers = cfg.data.num_workers
+        loader = StepLoader(plan, rows, collate, start_step=progress.step, end_step=num_steps, num_workers=workers)
+        bad_rows = BadRows(run, progress, cfg.data.max_bad_fraction, data_report.epoch_size)
+        if cfg.evaluate.before_training and progress.step == 0:
+            evaluate_in_run(run, engine, encoder, "before")
+
+        with reuse_norms(engine.module), run.stepping(progress, num_steps):
+            for batches in run.speed.waiting_for(loader):
+                learning_rates = engine.begin_step(progress.step, num_steps)
+                own = [sum(batch["counts"][name] for batch in batches) for name in COUNTS]
+                *totals, stop = run.world.sum([*own, run.stop_requested])
+                counts = dict(zip(COUNTS, totals, strict=True))
+                loss_sum = torch.zeros((), device=run.world.device)
+                for batch in batches:
+                    inputs = to_model(batch, encoder.transform, DTYPES[cfg.train.precision], run.world.device)
+                    loss = instruction_loss(engine, inputs)
+                    engine.backward(loss, max(1.0, counts["num_targets"]))
+                    loss_sum += loss.detach()
+                grad_norm, _ = engine.end_step()
+                progress.advance(
+                    counts["num_tokens"],
+                    counts["num_targets"],
+                    num_rows=counts["num_rows"],
+                    num_bad_rows=counts["num_bad"],
+                )
+                run.log_step(
+                    engine,
+                    progress,
+                    num_steps,
+                    loss_sum,
+                    lr=learning_rates[0],
+                    grad_norm=grad_norm,
+                    num_bad_rows=progress.num_bad_rows,
+                    **{name: counts[name] for name in COUNTS if name not in ("num_tokens", "num_bad")},
+                )
+                bad = [(row.where, row.reason) for batch in batches for row in batch["bad_rows"]]
+                bad_rows.note(progress, counts["num_bad"], bad)
+                if validation is not None and progress.due(cfg.train.eval_every, num_steps):
+                    loss = validation_loss(engine, validation, collate, encoder, cfg)
+                    progress.note_validation(loss)
+                    run.log(progress, validation_loss=loss)
+                keeps_this = cfg.train.keep_best and progress.step == progress.best_step
+                if progress.due(cfg.train.save_every, num_steps) or keeps_this:
+                    run.save(engine, progress)
+                if stop:
+                    run.leave_stopped(engine, progress)
+
+        if cfg.train.keep_best and progress.best_step not in (None, progress.step):
+            restore_weights(engine, run.checkpoints.weights(progress.best_step))
+            run.say(
+                f"exporting step {progress.best_step}, whose validation loss {progress.best_loss:.4f} is the lowest"
+            )
+        written = export(
+            engine.module,
+            run.folder,
+            tokenizer=tokenizer,
+            vision=vision,
+            adapter=cfg.adapter,
+            base=cfg.model.path,
+            precision=cfg.train.precision,
+            world=run.world,
+        )
+        run.say(f"wrote {written}")
+        if cfg.evaluate.after_training:
+            evaluate_in_run(run, engine, encoder, "after")
+
+
+@torch.no_grad()
+def validation_loss(
+    engine: Engine, rows: ConversationRows, collate: Collate, encoder: Encoder, cfg: VLMConfig
+) -> float:
+    """Return the mean loss per target token over the validation rows, which are split over the ranks.
+
+    Every rank runs the same number of forward passes, with empty batches where it has nothing left.
+    """
+    world, size = engine.world, cfg.train.micro_batch_size
+    share = Subset(rows, range(world.rank, len(rows), world.size))
+    longest = math.ceil(len(rows) / world.size)
+    batches = [list(range(len(share)))[start : start + size] for start in range(0, longest, size)]
+    totals = [0.0, 0.0]
+    with engine.evaluating():
+        for batch in batch_loader(share, batches, collate, cfg.data.num_workers):
+            inputs = to_model(batch, encoder.transform, DTYPES[cfg.train.precision], world.device)
+            totals[0] += float(instruction_loss(engine, inputs))
+            totals[1] += batch["counts"]["num_targets"]
+    loss_sum, targets = world.sum(totals)
+    return loss_sum / max(1.0, targets)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the recipe and the command line, then train."""
+    run_training(train, VLMConfig, RECIPES, arguments)
+
+
+if __name__ == "__main__":
+    main()
