@@ -25,7 +25,8 @@ from dora_core.data.sampler import StepPlan
 from dora_core.data.shards import write_shards
 from pipelines.vlm.batches import Collate
 from pipelines.vlm.config import DataSection
-from pipelines.vlm.data import ConversationRows, Encoder, load_training_data
+from pipelines.vlm.data import ConversationRows, load_training_data
+from pipelines.vlm.encode import Encoder
 from pipelines.vlm.towers import VisionFacts
 
 BATCH = 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import statistics
 import subprocess
@@ -16,6 +17,8 @@ sys.path[:0] = [str(ROOT / "packages"), str(ROOT)]
 import torch
 
 from dora_core.training.metrics import read_metrics
+
+TOTALS = {"num_images"}
 
 
 def run_recipe(pipeline: str, recipe: str, overrides: Mapping[str, Any], output: Path, name: str, warmup: int) -> dict:
@@ -45,6 +48,9 @@ def run_recipe(pipeline: str, recipe: str, overrides: Mapping[str, Any], output:
     if code or not metrics.is_file():
         return {"error": f"status {code}", "log": log.read_text()[-2000:]}
     rows = [row for row in read_metrics(metrics) if "loss" in row]
+    for before, row in reversed(list(itertools.pairwise(rows))):
+        for key in TOTALS & row.keys():  # as logged: since the run began
+            row[key] -= before[key]
     steady = [row for row in rows if row["step"] > warmup]
     figures: dict[str, Any] = {"num_steps": len(steady)}
     for key in ("step_time_s", "tokens_per_s", "num_images"):

@@ -1,4 +1,4 @@
-"""Ask a LLaVA about pictures: greedy answers, the same for every batch size and number of ranks."""
+"""Ask a LLaVA about pictures: greedy answers, whatever the batch size and number of ranks, up to rounding."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from dora_core.evaluation.evaluator import EvaluationContext
 from dora_core.evaluation.generation import generate_texts
-from dora_core.evaluation.runner import equal_calls
+from dora_core.evaluation.runner import agree, equal_calls
 from pipelines.vlm.batches import stack_images
 from pipelines.vlm.conversation import IMAGE_MARK, render_question
-from pipelines.vlm.data import Encoder, tokenize
-from pipelines.vlm.images import open_image
+from pipelines.vlm.encode import Encoder, tokenize
+from pipelines.vlm.images import ImageError, open_image
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,25 @@ def answer_questions(
 ) -> list[str]:
     """Return the model's answer to each prompt about its image (a path, encoded bytes, or None), ends stripped.
 
-    Every rank must call it, also with no prompts. Raises ``ImageError`` for a picture that cannot be read: a score
-    over the others would not be the benchmark's.
+    Every rank must call it, also with no prompts. Raises ``ValueError`` on every rank, once all are done, for a
+    picture that cannot be read: a score over the others would not be the benchmark's.
     """
     answering: Answering = context.extra["answering"]
     device = context.device or next(context.model.parameters()).device
+    problems: list[ImageError] = []
+
+    def pixels_or_blank(image: str | bytes) -> Tensor:
+        try:
+            return answering.pixels(image)
+        except ImageError as error:  # the other ranks are in the middle of their calls
+            problems.append(error)
+            return stack_images([], answering.encoder.vision.size)[0]
+
     with ThreadPoolExecutor(context.section.num_workers) as pool:
 
         def pixels_of(places: list[int]) -> dict[str, Tensor]:
             shown = [images[place] for place in places if images[place] is not None]
-            stacked = stack_images(list(pool.map(answering.pixels, shown)), answering.encoder.vision.size)
+            stacked = stack_images(list(pool.map(pixels_or_blank, shown)), answering.encoder.vision.size)
             return {"pixel_values": answering.encoder.transform.normalize(stacked, answering.dtype, device)}
 
         texts = generate_texts(
@@ -70,4 +79,10 @@ def answer_questions(
             synced=context.synced,
             device=device,
         )
-    return [text.strip() for text in texts]
+
+    def finish() -> list[str]:
+        if problems:
+            raise problems[0]
+        return [text.strip() for text in texts]
+
+    return agree(finish, context)

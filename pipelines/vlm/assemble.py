@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from dora_core.adapters.sharded import gathered
-from dora_core.config import ConfigError
+from dora_core.config import ConfigError, require
 from dora_core.engine import pretrained
 from dora_core.engine.zero import Zero
 from pipelines.vlm import original
@@ -31,6 +31,8 @@ from pipelines.vlm.towers import (
     load_transformers_tower,
     tower_config,
 )
+
+_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def assemble(
@@ -52,6 +54,7 @@ def assemble(
     foreign = tower_name.startswith(OPEN_CLIP)
     with zero.sharded_loading() if zero else nullcontext():
         language_model = _load_language_model(section, raw, dtype)
+        _require_plain_logits(language_model)
         _fit_vocabulary(language_model, len(tokenizer))
         tower = None if foreign else load_transformers_tower(tower_name, dtype, section.attention)
     if foreign:
@@ -59,6 +62,12 @@ def assemble(
         tower.to(dtype)
     else:
         vision = facts_of(tower_config(tower_name), tower_name)
+        require(
+            -feature_layer <= tower.config.num_hidden_layers + 1,
+            "model.feature_layer",
+            feature_layer,
+            f"at least {-tower.config.num_hidden_layers - 1}, the layers of {tower_name} and their input",
+        )
     config = LlavaConfig(
         text_config=language_model.config,
         vision_config=tower.config,
@@ -75,12 +84,12 @@ def assemble(
     model.model.vision_tower = tower
     model.model.multi_modal_projector = _random_projector(model.model.multi_modal_projector, seed).to(dtype)
     model.generation_config = language_model.generation_config
-    if is_original:
+    model.set_attn_implementation(section.attention)  # making the shell has reset what the parts were loaded with
+    if is_original and section.vision_tower is None:
         original.copy_tensors(tower, original.read_tower(section.path))
     if section.projector or is_original:
-        original.copy_tensors(
-            model.model.multi_modal_projector, original.read_projector(section.projector or section.path)
-        )
+        source = section.projector or original.local_folder(section.path)
+        original.copy_tensors(model.model.multi_modal_projector, original.read_projector(source))
     return model, vision
 
 
@@ -96,13 +105,26 @@ def _load_language_model(section: ModelSection, raw: dict[str, Any], dtype: torc
         raise ConfigError(pretrained.not_found("language model", name, error)) from None
 
 
+def _require_plain_logits(language_model: PreTrainedModel) -> None:
+    """Refuse models that change their logits after the output layer, which LLaVA's class does not."""
+    for name in _LOGIT_CHANGES:
+        value = getattr(language_model.config, name, None)
+        if value not in (None, 1, 1.0):
+            raise ConfigError(
+                f"The language model {language_model.config.model_type!r} has {name} {value}, which a LLaVA does not "
+                "compute. Use a model without it, such as LLaMA, Vicuna, Mistral or Qwen."
+            )
+
+
 def _fit_vocabulary(language_model: PreTrainedModel, num_tokens: int) -> None:
     """Make room for added tokens. Their rows are the mean of all, so that none of them is ever the likeliest."""
     before = language_model.config.vocab_size
     if num_tokens <= before:
         return
     language_model.resize_token_embeddings(num_tokens, pad_to_multiple_of=64, mean_resizing=False)
-    embeddings = {id(m.weight): m.weight for m in (language_model.get_input_embeddings(), language_model.lm_head)}
+    embeddings = {
+        id(m.weight): m.weight for m in (language_model.get_input_embeddings(), language_model.get_output_embeddings())
+    }
     for weight in embeddings.values():
         with torch.no_grad(), gathered([weight], modify=True):
             weight[before:] = weight[:before].float().mean(0).to(weight.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dora_core.data.collate import IGNORED, num_targets, pad_rows
-from pipelines.vlm.data import BadRow, VisionRow
+from pipelines.vlm.encode import BadRow, VisionRow
 from pipelines.vlm.images import ImageTransform
 
 Batch = dict[str, Any]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from jinja2 import TemplateError
+
 IMAGE_MARK = "<image>"
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -125,7 +127,7 @@ def _render_chat(turns: Sequence[tuple[str, str]], tokenizer: Any) -> Rendered:
         before = _chat(tokenizer, [*turns[:place], (question, None)])
         whole = _chat(tokenizer, turns[: place + 1])
         if not (whole.startswith(before) and text.startswith(whole)):
-            raise ValueError(
+            raise RowError(
                 "The tokenizer's chat template renders a turn differently once the conversation goes on, so the "
                 f"answers cannot be found: {before[-60:]!r} is no beginning of {text[:200]!r}. Use data.template: v1, "
                 "or a tokenizer with another chat template."
@@ -148,7 +150,10 @@ def _chat(tokenizer: Any, turns: Sequence[tuple[str, str | None]]) -> str:
         messages.append({"role": "user", "content": _parts(question) if as_parts else question})
         if answer is not None:
             messages.append({"role": "assistant", "content": _parts(answer) if as_parts else answer})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=turns[-1][1] is None)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=turns[-1][1] is None)
+    except TemplateError as error:
+        raise RowError(f"The tokenizer's chat template refuses the row: {error}. Use data.template: v1.") from None
 
 
 @cache

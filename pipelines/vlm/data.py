@@ -1,4 +1,4 @@
-"""Conversations and their images to tokens, labels and pixels, row by row as they are needed."""
+"""Conversations of several sources as rows of tokens and pixels, made as they are needed."""
 
 from __future__ import annotations
 
@@ -8,128 +8,22 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from dora_core.data.collate import IGNORED, TokenRow
 from dora_core.data.mixture import Mixture
 from dora_core.data.rows import DataError, hold_out
 from pipelines.vlm.config import DataSection, SourceSection
-from pipelines.vlm.conversation import IMAGE_MARK, Rendered, RowError, render
-from pipelines.vlm.images import ImageError, ImageTransform, open_image
+from pipelines.vlm.conversation import RowError
+from pipelines.vlm.encode import BadRow, Encoder, VisionRow
+from pipelines.vlm.images import ImageError
 from pipelines.vlm.sources import Source, open_source
-from pipelines.vlm.towers import VisionFacts
 
 # Tokenizers work in the processes that prepare batches; their own threads would warn after the fork, and compete.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 NUM_PROBED = 16
 """Rows of each source that are read before a run begins."""
-
-
-@dataclass(frozen=True)
-class VisionRow:
-    """One row: its tokens, image tokens in place, and its images."""
-
-    tokens: TokenRow
-    pixels: tuple[Tensor, ...]
-    """uint8 [3, size, size] each, in the order of their tokens."""
-    truncated: bool
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row that cannot be used."""
-
-    where: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """What makes tokens and pixels of a row."""
-
-    tokenizer: PreTrainedTokenizerBase
-    vision: VisionFacts
-    section: DataSection
-
-    def encode(self, row: dict[str, Any], images: Sequence[str | bytes]) -> VisionRow:
-        """Return the row's tokens and pixels. Raises ``RowError`` or ``ImageError`` if it cannot be used."""
-        rendered = render(row, len(images), self.section.template, self.tokenizer)
-        ids, labels, num_kept = self._tokens(rendered, len(images))
-        truncated = len(ids) > self.section.max_length
-        if truncated:
-            ids, labels, num_kept = self._cut(ids, labels)
-        transform = self.transform
-        pixels = tuple(transform(open_image(image, self.section.max_image_pixels)) for image in images[:num_kept])
-        return VisionRow(TokenRow(ids, labels), pixels, truncated)
-
-    @property
-    def transform(self) -> ImageTransform:
-        """From pictures to the tower's pixels."""
-        vision = self.vision
-        return ImageTransform(
-            size=vision.size,
-            mean=vision.mean,
-            std=vision.std,
-            aspect=self.section.image_aspect_ratio,
-            resample=vision.resample,
-        )
-
-    @property
-    def image_id(self) -> int:
-        """The id of the image token."""
-        return self.tokenizer.convert_tokens_to_ids(IMAGE_MARK)
-
-    def _tokens(self, rendered: Rendered, num_images: int) -> tuple[list[int], list[int], int]:
-        found, spans = tokenize(self.tokenizer, rendered)
-        image_id, per_image = self.image_id, self.vision.num_tokens
-        if found.count(image_id) != num_images:
-            raise RowError(
-                f"The text has {found.count(image_id)} image tokens for {num_images} images; each needs one. Remove "
-                f"{IMAGE_MARK} from the row's other text."
-            )
-        ids: list[int] = []
-        labels: list[int] = []
-        for token, (start, end) in zip(found, spans, strict=True):
-            has_loss = any(start < stop and end > begin for begin, stop in rendered.answers)
-            count = per_image if token == image_id else 1
-            ids += [token] * count
-            labels += [token if has_loss and token != image_id else IGNORED] * count
-        return ids, labels, num_images
-
-    def _cut(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int], int]:
-        """Cut to ``max_length`` tokens, before an image that would be cut; say how many images are left."""
-        end = self.section.max_length
-        whole, left_over = divmod(ids[:end].count(self.image_id), self.vision.num_tokens)
-        if left_over:
-            end = [place for place, token in enumerate(ids) if token == self.image_id][whole * self.vision.num_tokens]
-        if end == 0:
-            raise RowError(
-                f"The first image alone has more than {self.section.max_length} tokens. Raise data.max_length."
-            )
-        return ids[:end], labels[:end], whole
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return the text's tokens, ``<image>`` as one, and the span of characters that each covers.
-
-    An end token that the tokenizer adds by itself is left out: the template has written its own.
-    """
-    encoding = tokenizer(
-        rendered.text,
-        add_special_tokens=rendered.adds_special_tokens,
-        return_offsets_mapping=True,
-        truncation=False,
-        verbose=False,
-    )
-    ids, spans = list(encoding["input_ids"]), [tuple(span) for span in encoding["offset_mapping"]]
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and spans[-1][0] == spans[-1][1]:
-        ids.pop(), spans.pop()
-    return ids, spans
 
 
 class ConversationRows(Sequence[VisionRow | BadRow]):
@@ -183,7 +77,7 @@ class DataReport:
     epoch_size: int
     """Training rows in an epoch, by the sources' weights."""
     dataset_hash: str
-    """Over the sources' files, weights and order; the images themselves are not read."""
+    """Over the sources' files and weights and all settings that shape rows or their order; images are not read."""
 
 
 def load_training_data(
@@ -210,9 +104,10 @@ def load_training_data(
     bounds = np.searchsorted(kept, list(accumulate(map(len, train))))
     sizes = np.diff([0, *bounds]).tolist()
     mixture = Mixture(sizes, weights, seed) if any(weight != 1 for weight in weights) else None
-    digest = hashlib.sha256()
-    for sources in (train, held):
-        digest.update(json.dumps([[source.sha256 for source in sources], weights]).encode())
+    shaping = ("template", "max_length", "image_aspect_ratio", "group_by_modality", "num_validation")
+    parts = [[source.sha256 for source in sources] for sources in (train, held)]
+    settings = [getattr(section, name) for name in shaping]
+    digest = hashlib.sha256(json.dumps([parts, weights, settings, encoder.vision.num_tokens]).encode())
     report = DataReport(
         num_rows=len(rows),
         num_with_images=sum(rows.modalities()),

@@ -23,7 +23,7 @@ from dora_core.training.run import Run
 from dora_core.training.script import run_script
 from pipelines.vlm.answering import Answering
 from pipelines.vlm.config import RECIPES, DataSection, EvaluateSection, VLMConfig
-from pipelines.vlm.data import Encoder
+from pipelines.vlm.encode import Encoder
 from pipelines.vlm.merge import load_any_adapter
 from pipelines.vlm.model import load_llava, load_tokenizer
 

@@ -12,12 +12,13 @@ from dora_core.adapters.linear import LoRALinear
 from dora_core.config import ConfigError
 from dora_core.engine.distributed import World
 from dora_core.engine.export import save_model
+from pipelines.vlm.conversation import SYSTEM
 from pipelines.vlm.model import has_foreign_tower
 from pipelines.vlm.original import write_projector
 from pipelines.vlm.towers import VisionFacts
 
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ message['role'] | upper }}: "
+    SYSTEM + " {% for message in messages %}{{ message['role'] | upper }}: "
     "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} {% endif %}{% endfor %}"
@@ -59,6 +60,7 @@ def export(
     adapter: AdapterConfig,
     base: str | None,
     precision: str,
+    template: str,
     world: World,
 ) -> Path:
     """Write the result of training below ``folder`` and return where. Every rank must call it; rank 0 writes."""
@@ -71,14 +73,21 @@ def export(
         write_projector(model.model.multi_modal_projector, target)
     else:
         save_model(model, target, precision)
-        world.on_main(lambda: save_processor(target, model, tokenizer, vision))
+        world.on_main(lambda: save_processor(target, model, tokenizer, vision, template))
     return target
 
 
 def save_processor(
-    folder: Path, model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, vision: VisionFacts
+    folder: Path,
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    vision: VisionFacts,
+    template: str,
 ) -> None:
-    """Write tokenizer, image processor and chat template beside a whole model, for ``AutoProcessor``."""
+    """Write tokenizer, image processor and chat template beside a whole model, for ``AutoProcessor``.
+
+    The chat template is that of ``template``: Vicuna's (v1), or with ``chat`` the tokenizer's own.
+    """
     images = CLIPImageProcessor(
         size={"shortest_edge": vision.size},
         crop_size={"height": vision.size, "width": vision.size},
@@ -92,6 +101,6 @@ def save_processor(
         tokenizer=tokenizer,
         patch_size=model.config.vision_config.patch_size,
         vision_feature_select_strategy=strategy,
-        chat_template=tokenizer.chat_template or CHAT_TEMPLATE,
+        chat_template=tokenizer.chat_template if template == "chat" else CHAT_TEMPLATE,
         num_additional_image_tokens=1 if strategy == "default" else 0,
     ).save_pretrained(folder)

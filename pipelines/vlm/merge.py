@@ -37,15 +37,23 @@ def main(arguments: Sequence[str]) -> None:
     recipe, overrides = split_arguments(rest)
 
     def run() -> None:
-        section = None
+        section, template = None, "v1"
         if recipe is not None or overrides:
-            section = load_config(VLMConfig, recipe, overrides, recipes=RECIPES).model
-        merge(own.adapter, own.output, ModelSection(path=own.base) if own.base else section, own.precision)
+            cfg = load_config(VLMConfig, recipe, overrides, recipes=RECIPES)
+            section, template = cfg.model, cfg.data.template
+        section = ModelSection(path=own.base) if own.base else section
+        merge(own.adapter, own.output, section, own.precision, template)
 
     run_script(run)
 
 
-def merge(adapter: Path, output: Path, section: ModelSection | None = None, precision: str = "bf16") -> None:
+def merge(
+    adapter: Path,
+    output: Path,
+    section: ModelSection | None = None,
+    precision: str = "bf16",
+    template: str = "v1",
+) -> None:
     """Merge ``adapter`` into the model of ``section`` (or the one it names) and write it with its processor."""
     if section is None:
         config_file = adapter / "adapter_config.json"
@@ -62,7 +70,7 @@ def merge(adapter: Path, output: Path, section: ModelSection | None = None, prec
     print(load_any_adapter(model, adapter))
     print(f"merged {merge_and_unload(model, probe(model, vision))}")
     save_model(model, output, precision)
-    save_processor(output, model, tokenizer, vision)
+    save_processor(output, model, tokenizer, vision, template)
     print(f"wrote {output}")
 
 

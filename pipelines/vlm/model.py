@@ -52,6 +52,7 @@ def load_llava(
     if section.path is None or original.is_original(raw):
         model, vision = assemble(section, raw, tokenizer, DTYPES[precision], zero, seed)
     else:
+        _require_whole_llava(section, raw)
         model, vision = _load_whole(section, DTYPES[precision], zero)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
     if model.config.image_token_id != image_id:
@@ -109,7 +110,6 @@ def instruction_loss(engine: Engine, batch: dict[str, Tensor]) -> Tensor:
 def _load_whole(
     section: ModelSection, dtype: torch.dtype, zero: Zero | None
 ) -> tuple[LlavaForConditionalGeneration, VisionFacts]:
-    _require_llava(section.path)
     try:
         with zero.sharded_loading() if zero else nullcontext():
             if section.from_scratch:
@@ -132,12 +132,17 @@ def _load_whole(
     return model, facts_of(model.config.vision_config, section.path)
 
 
-def _require_llava(path: str) -> None:
-    kind = _raw_config(path).get("model_type")
+def _require_whole_llava(section: ModelSection, raw: dict[str, Any]) -> None:
+    kind = raw.get("model_type")
     if kind != "llava":
         raise ConfigError(
-            f"model.path {path!r} is a {kind!r} model; it must be a LLaVA. Give a language model as "
+            f"model.path {section.path!r} is a {kind!r} model; it must be a LLaVA. Give a language model as "
             "model.language_model, with model.vision_tower."
+        )
+    if section.vision_tower is not None:
+        raise ConfigError(
+            f"model.path {section.path!r} has a vision tower of its own, and model.vision_tower names "
+            f"{section.vision_tower!r}. Set model.vision_tower: null, or give model.language_model, not model.path."
         )
 
 

@@ -103,7 +103,8 @@ def read_tensors(source: str, wanted: Callable[[str], bool]) -> dict[str, Tensor
     Pickled files are read as weights only. Raises ``ConfigError`` for what cannot be read.
     """
     root = Path(source)
-    files = [root] if root.is_file() else sorted([*root.glob("*.safetensors"), *root.glob("*.bin")])
+    patterns = ("model*.safetensors", "pytorch_model*.bin", PROJECTOR_FILE)  # others, as training_args.bin, hold none
+    files = [root] if root.is_file() else sorted(file for pattern in patterns for file in root.glob(pattern))
     if not files:
         raise ConfigError(f"{source} is neither a file of weights nor a folder of them. Give the path of one.")
     found: dict[str, Tensor] = {}
@@ -116,7 +117,8 @@ def read_tensors(source: str, wanted: Callable[[str], bool]) -> dict[str, Tensor
                 tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
                 found |= {name: tensor for name, tensor in tensors.items() if wanted(name)}
         except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError, AttributeError) as error:
-            raise ConfigError(f"The weights in {file} cannot be read: {error}. Copy the file again.") from None
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ConfigError(f"The weights in {file} cannot be read: {first} Copy the file again.") from None
     return found
 
 
@@ -155,12 +157,17 @@ def convert_adapter(folder: Path, output: Path) -> Path:
     factors and no magnitude.
     """
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if not {"r", "lora_alpha"} <= set(config) or config.get("bias", "none") != "none":
+        raise ConfigError(
+            f"{folder}/adapter_config.json has the fields {sorted(config)} and bias {config.get('bias')!r}; it must "
+            "name r and lora_alpha and have bias none. Copy the file from the run."
+        )
     files = [
         name for name in ("adapter_model.safetensors", "adapter_model.bin", NON_LORA_FILE) if (folder / name).is_file()
     ]
     state: dict[str, Tensor] = {}
     for name, tensor in {k: v for f in files for k, v in read_tensors(str(folder / f), _is_trained).items()}.items():
-        state[_peft_name(name)] = tensor.squeeze(1) if _MAGNITUDE.fullmatch(name) else tensor
+        state[_peft_name(name)] = tensor.flatten() if _MAGNITUDE.fullmatch(name) else tensor
     modules = {name.partition(".lora_A.")[0] for name in state if ".lora_A." in name}
     state = {  # magnitudes of modules without factors did nothing in that code
         name: tensor for name, tensor in state.items() if name.removesuffix(_OWN_MAGNITUDE) in modules | {name}

@@ -130,8 +130,14 @@ class ShardSource:
         return self._shards.members(place).get("json", 0)
 
     def _image_members(self, place: int) -> list[str]:
-        """Return the image members: ``jpg``, or ``0.jpg``, ``1.jpg`` where there are several."""
-        return sorted(name for name in self._shards.members(place) if name.rpartition(".")[2] in IMAGE_SUFFIXES)
+        """Return the image members in order: ``jpg``, or ``0.jpg``, ``1.jpg`` … where there are several."""
+        numbered = (
+            (int(number or 0), name)
+            for name in self._shards.members(place)
+            for number, _, suffix in [name.rpartition(".")]
+            if suffix in IMAGE_SUFFIXES and (number == "" or number.isdigit())
+        )
+        return [name for _, name in sorted(numbered)]
 
 
 def _count_images(row: dict[str, Any]) -> int:

@@ -101,6 +101,12 @@ def load_open_clip_tower(name: str, feature_layer: int) -> tuple[nn.Module, Visi
 
 def load_transformers_tower(name: str, dtype: torch.dtype, attention: str) -> nn.Module:
     """Return the CLIP vision model ``name``, alone or out of a whole CLIP; may be called with sharded loading."""
+    kind = tower_config(name).model_type
+    if kind != "clip_vision_model":
+        raise ConfigError(
+            f"The vision tower {name!r} is a {kind!r} model; it must be a CLIP vision model, alone or in a whole CLIP. "
+            f"Others may be had from open_clip: model.vision_tower: {OPEN_CLIP}<name>."
+        )
     try:
         return CLIPVisionModel.from_pretrained(name, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError) as error:
@@ -108,9 +114,9 @@ def load_transformers_tower(name: str, dtype: torch.dtype, attention: str) -> nn
 
 
 def facts_of(config: Any, path: str | None) -> VisionFacts:
-    """Return the facts of a transformers tower from its config and the ``preprocessor_config.json`` at ``path``.
+    """Return the facts of a transformers tower from its config and the preprocessing that is saved at ``path``.
 
-    Without such a file the pixels are CLIP's.
+    Without a ``preprocessor_config.json`` or ``processor_config.json`` the pixels are CLIP's.
     """
     size = config.image_size
     num_tokens = (size // config.patch_size) ** 2
@@ -121,7 +127,7 @@ def facts_of(config: Any, path: str | None) -> VisionFacts:
     given = crop if isinstance(crop, int) else crop.get("height", crop.get("shortest_edge", size))
     if given != size:
         raise ConfigError(
-            f"{path}: preprocessor_config.json makes images of {given} pixels, the vision tower takes {size}. Use the "
+            f"{path}: its preprocessing makes images of {given} pixels, the vision tower takes {size}. Use the "
             "files of one model."
         )
     mean, std = tuple(raw.get("image_mean", CLIP_MEAN)), tuple(raw.get("image_std", CLIP_STD))
@@ -140,13 +146,21 @@ def tower_config(name: str) -> Any:
 
 
 def _preprocessor(path: str | None) -> dict | None:
-    if path is None:
-        return None
-    file = Path(path) / "preprocessor_config.json"
-    if not Path(path).exists():
-        found = cached_file(path, file.name, _raise_exceptions_for_missing_entries=False)
-        file = Path(found) if found else file
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    """Return the settings of the image processor, which transformers has saved in one file or in the other."""
+    for name in () if path is None else ("preprocessor_config.json", "processor_config.json"):
+        file = Path(path) / name
+        if not Path(path).exists():
+            try:
+                found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+            except OSError:  # neither reachable nor cached, as the model then is too
+                found = None
+            file = Path(found) if found else file
+        if file.is_file():
+            raw = json.loads(file.read_text(encoding="utf-8"))
+            settings = raw if name.startswith("pre") else raw.get("image_processor")
+            if settings:
+                return settings
+    return None
 
 
 def _is_plain_clip(visual: nn.Module) -> bool:

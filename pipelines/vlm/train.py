@@ -29,12 +29,13 @@ from dora_core.training.run import Run
 from dora_core.training.script import run_training
 from pipelines.vlm.batches import Collate, to_model
 from pipelines.vlm.config import RECIPES, VLMConfig
-from pipelines.vlm.data import ConversationRows, Encoder, load_training_data
+from pipelines.vlm.data import ConversationRows, load_training_data
+from pipelines.vlm.encode import Encoder
 from pipelines.vlm.evaluate import evaluate_in_run
 from pipelines.vlm.export import export, what_is_trained
 from pipelines.vlm.model import instruction_loss, load_llava, load_tokenizer, param_groups
 
-COUNTS = ("num_targets", "num_tokens", "num_images", "num_rows", "num_bad", "num_truncated", "num_untrainable")
+COUNTS = ("num_images", "num_rows", "num_bad", "num_truncated", "num_untrainable")
 
 
 def train(cfg: VLMConfig) -> None:
@@ -51,7 +52,10 @@ def train(cfg: VLMConfig) -> None:
             gradient_checkpointing=cfg.train.gradient_checkpointing,
         )
         encoder = Encoder(tokenizer, vision, cfg.data)
-        rows, validation, mixture, data_report = load_training_data(cfg.data, encoder, cfg.run.seed)
+        rows, validation, mixture, data_report = run.world.agree(
+            lambda: load_training_data(cfg.data, encoder, cfg.run.seed)
+        )
+        run.world.require_same("training data", data_report.dataset_hash)
         run.say(data_report)
         run.say(apply_adapters(model, cfg.adapter))
         run.say(f"the result will be: {what_is_trained(model)}")
@@ -80,38 +84,34 @@ def train(cfg: VLMConfig) -> None:
         with reuse_norms(engine.module), run.stepping(progress, num_steps):
             for batches in run.speed.waiting_for(loader):
                 learning_rates = engine.begin_step(progress.step, num_steps)
-                own = [sum(batch["counts"][name] for batch in batches) for name in COUNTS]
-                *totals, stop = run.world.sum([*own, run.stop_requested])
+                names = ("num_targets", "num_tokens", *COUNTS)
+                own = [sum(batch["counts"][name] for batch in batches) for name in names]
+                stop, targets, tokens, *totals = run.world.sum([run.stop_requested, *own])
                 counts = dict(zip(COUNTS, totals, strict=True))
                 loss_sum = torch.zeros((), device=run.world.device)
                 for batch in batches:
                     inputs = to_model(batch, encoder.transform, DTYPES[cfg.train.precision], run.world.device)
                     loss = instruction_loss(engine, inputs)
-                    engine.backward(loss, max(1.0, counts["num_targets"]))
+                    engine.backward(loss, max(1.0, targets))
                     loss_sum += loss.detach()
                 grad_norm, _ = engine.end_step()
-                progress.advance(
-                    counts["num_tokens"],
-                    counts["num_targets"],
-                    num_rows=counts["num_rows"],
-                    num_bad_rows=counts["num_bad"],
-                )
+                progress.advance(tokens, targets, **counts)
                 run.log_step(
                     engine,
                     progress,
                     num_steps,
                     loss_sum,
+                    num_targets=targets,
                     lr=learning_rates[0],
                     grad_norm=grad_norm,
-                    num_bad_rows=progress.num_bad_rows,
-                    **{name: counts[name] for name in COUNTS if name not in ("num_tokens", "num_bad")},
+                    **progress.counts,
                 )
                 bad = [(row.where, row.reason) for batch in batches for row in batch["bad_rows"]]
                 bad_rows.note(progress, counts["num_bad"], bad)
                 if validation is not None and progress.due(cfg.train.eval_every, num_steps):
-                    loss = validation_loss(engine, validation, collate, encoder, cfg)
+                    loss, num_bad = validation_loss(engine, validation, collate, encoder, cfg)
                     progress.note_validation(loss)
-                    run.log(progress, validation_loss=loss)
+                    run.log(progress, validation_loss=loss, **({"num_bad_validation": num_bad} if num_bad else {}))
                 keeps_this = cfg.train.keep_best and progress.step == progress.best_step
                 if progress.due(cfg.train.save_every, num_steps) or keeps_this:
                     run.save(engine, progress)
@@ -131,6 +131,7 @@ def train(cfg: VLMConfig) -> None:
             adapter=cfg.adapter,
             base=cfg.model.path,
             precision=cfg.train.precision,
+            template=cfg.data.template,
             world=run.world,
         )
         run.say(f"wrote {written}")
@@ -141,23 +142,26 @@ def train(cfg: VLMConfig) -> None:
 @torch.no_grad()
 def validation_loss(
     engine: Engine, rows: ConversationRows, collate: Collate, encoder: Encoder, cfg: VLMConfig
-) -> float:
-    """Return the mean loss per target token over the validation rows, which are split over the ranks.
+) -> tuple[float, float]:
+    """Return the mean loss per target token over the validation rows, and how many of the rows could not be read.
 
-    Every rank runs the same number of forward passes, with empty batches where it has nothing left.
+    The rows are split over the ranks; every rank runs the same number of forward passes, with empty batches where it
+    has nothing left. The loss is NaN, which is never the best, if no row has a target.
     """
     world, size = engine.world, cfg.train.micro_batch_size
     share = Subset(rows, range(world.rank, len(rows), world.size))
     longest = math.ceil(len(rows) / world.size)
-    batches = [list(range(len(share)))[start : start + size] for start in range(0, longest, size)]
-    totals = [0.0, 0.0]
+    places = range(len(share))
+    batches = [list(places[start : start + size]) for start in range(0, longest, size)]
+    totals = [0.0, 0.0, 0.0]
     with engine.evaluating():
         for batch in batch_loader(share, batches, collate, cfg.data.num_workers):
             inputs = to_model(batch, encoder.transform, DTYPES[cfg.train.precision], world.device)
             totals[0] += float(instruction_loss(engine, inputs))
             totals[1] += batch["counts"]["num_targets"]
-    loss_sum, targets = world.sum(totals)
-    return loss_sum / max(1.0, targets)
+            totals[2] += batch["counts"]["num_bad"]
+    loss_sum, targets, num_bad = world.sum(totals)
+    return (loss_sum / targets if targets else math.nan), num_bad
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

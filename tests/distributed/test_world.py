@@ -48,3 +48,15 @@ def break_rank_one(world):
 def test_a_rank_that_breaks_is_reported_and_does_not_hang_the_test():
     with pytest.raises(RankError, match=r"(?s)rank 1: .*this rank is broken"):
         run_on_ranks(break_rank_one, 2, timeout_s=30)
+
+
+def test_a_difference_between_ranks_is_an_error_on_all_of_them():
+    assert run_on_ranks(differ, 2) == ["Rank 1 has other rows than rank 0"] * 2
+
+
+def differ(world):
+    world.require_same("rows", "equal")
+    try:
+        world.require_same("rows", world.rank)
+    except ValueError as error:
+        return str(error).partition(";")[0]

@@ -91,6 +91,16 @@ class World:
         """Do ``work`` on rank 0 alone; as ``agree``, its failure raises on every rank."""
         return self.agree(work if self.is_main else None)
 
+    def require_same(self, what: str, value: Any) -> None:
+        """Raise ``RankFailureError`` on every rank unless all have an equal ``value``."""
+        values = self.gather(value)
+        if any(other != values[0] for other in values):
+            different = next(rank for rank, other in enumerate(values) if other != values[0])
+            raise RankFailureError(
+                f"Rank {different} has other {what} than rank 0; all ranks must have the same. Put the same files on "
+                "every node."
+            )
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)

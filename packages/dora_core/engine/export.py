@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from dora_core.adapters.sharded import gathered
 from dora_core.engine.build import DTYPES
@@ -69,8 +69,17 @@ def save_model(model: PreTrainedModel, folder: str | Path, precision: str) -> Pa
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     if model.can_generate() and model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+        save_generation_config(model.generation_config, folder)
     return folder
+
+
+def save_generation_config(settings: GenerationConfig, folder: Path) -> None:
+    """Write the generation settings. Some published ones set a temperature without sampling, which transformers
+    refuses to save: those sample, as they were meant to."""
+    try:
+        settings.save_pretrained(folder)
+    except ValueError:
+        GenerationConfig(**{**settings.to_diff_dict(), "do_sample": True}).save_pretrained(folder)
 
 
 def _name(number: int, count: int) -> str:

@@ -16,8 +16,9 @@ FILE = "bad_rows.jsonl"
 class BadRows:
     """The bad rows of a run, in ``bad_rows.jsonl`` of its folder, and how many it may have.
 
-    The limit is ``max_fraction`` of the rows of an epoch, or of those read once they are more: a folder that is
-    missing ends a run within its first steps, and a single broken file does not.
+    The limit is ``max_fraction`` of the rows of an epoch, or of those read once they are more, and one row unless
+    ``max_fraction`` is 0: a folder that is missing ends a run within its first steps, and a single broken file does
+    not. ``progress.counts`` must have ``num_rows`` and ``num_bad``.
     """
 
     def __init__(self, run: Run, progress: Progress, max_fraction: float, rows_per_epoch: int) -> None:
@@ -27,21 +28,23 @@ class BadRows:
         self._path = run.folder / FILE
         run.world.on_main(lambda: drop_rows_after(self._path, progress.step))
 
-    def note(self, progress: Progress, num_bad: float, bad: Sequence[tuple[str, str]]) -> None:
+    def note(self, progress: Progress, num_new: float, bad: Sequence[tuple[str, str]]) -> None:
         """Write down the bad rows of the step that ``progress`` has counted: (which, why) of each on this rank.
 
-        Every rank must call it; ``num_bad`` is their number over all ranks. Raises ``DataError`` on all ranks if the
+        Every rank must call it; ``num_new`` is their number over all ranks. Raises ``DataError`` on all ranks if the
         run has more than it may.
         """
-        if not num_bad:
+        if not num_new:
             return
         shares = self._run.world.gather(list(bad))
         rows = [{"step": progress.step, "row": where, "reason": why} for share in shares for where, why in share]
         self._run.world.on_main(lambda: self._write(rows))
-        allowed = self._max_fraction * max(self._rows_per_epoch, progress.num_rows)
-        if progress.num_bad_rows > allowed:
+        num_bad, num_rows = progress.counts["num_bad"], progress.counts["num_rows"]
+        allowed = self._max_fraction * max(self._rows_per_epoch, num_rows)
+        allowed = max(allowed, 1.0) if self._max_fraction else 0.0
+        if num_bad > allowed:
             raise DataError(
-                f"{progress.num_bad_rows} of {progress.num_rows} rows read by step {progress.step} cannot be used; "
+                f"{num_bad} of {num_rows} rows read by step {progress.step} cannot be used; "
                 f"data.max_bad_fraction {self._max_fraction:g} allows {int(allowed)}. {self._path} lists them; the "
                 f"latest is {rows[-1]['row']}: {rows[-1]['reason']} Repair the data or raise data.max_bad_fraction."
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass
@@ -14,20 +14,19 @@ class Progress:
     num_tokens: int = 0
     """Real tokens of all ranks, padding left out."""
     num_targets: int = 0
-    num_rows: int = 0
-    """Rows read, bad ones included; 0 in pipelines whose rows are all checked before the run."""
-    num_bad_rows: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    """What else a pipeline counts, such as rows, images and rows that could not be read."""
     best_loss: float | None = None
     """Lowest validation loss so far."""
     best_step: int | None = None
 
-    def advance(self, num_tokens: float, num_targets: float, *, num_rows: float = 0, num_bad_rows: float = 0) -> None:
-        """Count one optimizer step."""
+    def advance(self, num_tokens: float, num_targets: float, **counts: float) -> None:
+        """Count one optimizer step; ``counts`` are its own, of all ranks."""
         self.step += 1
         self.num_tokens += int(num_tokens)
         self.num_targets += int(num_targets)
-        self.num_rows += int(num_rows)
-        self.num_bad_rows += int(num_bad_rows)
+        for name, count in counts.items():
+            self.counts[name] = self.counts.get(name, 0) + int(count)
 
     def note_validation(self, loss: float) -> None:
         """Remember the step if its validation loss is the lowest; one that is not finite never is."""

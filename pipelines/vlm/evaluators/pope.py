@@ -21,7 +21,7 @@ LABELS = "pope/coco/coco_pope_{category}.json"
 IMAGES = "pope/val2014"
 CATEGORIES = ("random", "popular", "adversarial")
 ID_BASES = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
-"""LLaVA's question ids are POPE's, which begin anew in each category, plus these."""
+"""Added to POPE's question ids, which begin anew in each category, where LLaVA's file is not there."""
 NEGATIONS = frozenset(("No", "not", "no"))
 
 
@@ -31,7 +31,7 @@ class POPE(QuestionEvaluator):
     name = "vlm/pope"
 
     def read(self, root: Path, section: EvaluateSection) -> list[Row]:
-        """Return the questions with their labels, matched by category and id, never by order."""
+        """Return the questions with their labels, matched by category, picture and wording, never by order."""
         purpose = f"{self.name} needs its questions and labels"
         paths = {each: need_file(root, [LABELS.format(category=each)], purpose) for each in CATEGORIES}
         labelled = {each: _labelled_rows(path, each) for each, path in paths.items()}
@@ -126,20 +126,23 @@ def _labelled_rows(path: Path, category: str) -> dict[int, Row]:
     return rows
 
 
+def _question(row: Row) -> tuple[str, str]:
+    return row["image"], row["prompt"].partition("\n")[0]
+
+
 def _match(asked: Path, labelled: dict[str, dict[int, Row]], paths: dict[str, Path]) -> list[Row]:
-    """Return the rows that LLaVA's file ``asked`` asks, each with its label; every label must be used once."""
+    """Return the rows that LLaVA's file ``asked`` asks, each with its label; there must be as many of both.
+
+    LLaVA's file belongs to the labels of POPE's commit e3e39262.
+    """
     ids: dict[str, list[int]] = {category: [] for category in labelled}
+    by_question = {each: {_question(row): row for row in rows.values()} for each, rows in labelled.items()}
     rows = []
     for line in read_lines(asked, {"question_id": int, "image": str, "text": str, "category": str}):
         category, image = line["category"], f"{IMAGES}/{line['image']}"
         if category not in labelled:
             raise problem(f"{asked}: a question has the category {category!r}; use one of {', '.join(CATEGORIES)}.")
-        own = look_up(labelled[category], line["question_id"] - ID_BASES[category], paths[category])
-        if own["image"] != image:
-            raise problem(
-                f"{asked}: question {line['question_id']} is on {image}, but {paths[category]} has it on "
-                f"{own['image']}; the two must agree. LLaVA's file belongs to the labels of POPE's commit e3e39262."
-            )
+        own = look_up(by_question[category], _question({"image": image, "prompt": line["text"]}), paths[category])
         ids[category].append(line["question_id"])
         rows.append({**own, "question_id": line["question_id"], "prompt": line["text"]})
     for category, own_rows in labelled.items():

@@ -19,7 +19,8 @@ from dora_core.data.shards import write_shards
 from pipelines.vlm.batches import Collate, to_model
 from pipelines.vlm.config import DataSection, SourceSection
 from pipelines.vlm.conversation import IMAGE_MARK, render
-from pipelines.vlm.data import BadRow, ConversationRows, Encoder, VisionRow, load_training_data, tokenize
+from pipelines.vlm.data import ConversationRows, load_training_data
+from pipelines.vlm.encode import BadRow, Encoder, VisionRow, tokenize
 from pipelines.vlm.sources import open_source
 from pipelines.vlm.towers import VisionFacts
 
@@ -120,6 +121,21 @@ def test_the_labels_decode_to_the_answers_with_their_end_tokens(tmp_path, tokeni
     assert encoded.tokens.input_ids[-1] == tokenizer.eos_token_id
 
 
+def test_the_text_around_an_image_is_tokenized_by_itself_as_llava_does():
+    tokenizer = llama_like()
+    for template in ("v1", "plain"):
+        rendered = render(ROWS[0], 1, template, tokenizer)
+        before, after = rendered.text.split(IMAGE_MARK)
+        expected = [*tokenizer(before)["input_ids"], tokenizer.convert_tokens_to_ids(IMAGE_MARK)]
+        expected += tokenizer(after, add_special_tokens=False)["input_ids"]
+        ids, spans = tokenize(tokenizer, rendered)
+        assert ids == expected
+        assert (
+            tokenizer.convert_ids_to_tokens(ids)[ids.index(tokenizer.convert_tokens_to_ids(IMAGE_MARK)) + 1][0] == "▁"
+        )
+        assert spans[0] == (0, 0) and spans[-1][1] == len(rendered.text)
+
+
 def test_an_end_token_that_the_tokenizer_adds_does_not_come_twice(tmp_path):
     tokenizer = llama_like()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -214,6 +230,13 @@ def test_shards_hold_the_same_rows_as_json_and_a_folder(tmp_path, plain_tokenize
     assert len(from_shards[5].pixels) == 2
     assert from_shards.modalities() == [1, 1, 1, 0, 1, 1]
     assert isinstance(pickle.loads(pickle.dumps(from_shards))[0], VisionRow)
+
+
+def test_the_images_of_a_sample_come_in_the_order_of_their_numbers(tmp_path):
+    members = {f"{number}.png": bytes([number]) for number in range(12)}
+    write_shards([{"__key__": "a", "json": b"{}", **members, "mask.png": b"x"}], tmp_path / "shards")
+    _, images = open_source(str(tmp_path / "shards"), None).read(0)
+    assert images == [bytes([number]) for number in range(12)]
 
 
 def test_a_sample_without_json_is_a_bad_row(tmp_path, plain_tokenizer):

@@ -15,9 +15,9 @@ from dora_core.adapters import apply_adapters, save_adapter
 from dora_core.cli import main as dora
 from dora_core.evaluation.results import read_results
 from dora_core.testing.contracts import train_tiny
-from dora_core.testing.ranks import run_on_ranks
+from dora_core.testing.ranks import RankError, run_on_ranks
 from pipelines.vlm.config import DataSection, EvaluateSection, ModelSection, VLMAdapterSection
-from pipelines.vlm.data import Encoder
+from pipelines.vlm.encode import Encoder
 from pipelines.vlm.evaluate import evaluate_model
 from pipelines.vlm.images import ImageError
 from pipelines.vlm.model import load_llava, load_tokenizer
@@ -120,13 +120,24 @@ def test_llavas_answer_files_and_submissions_are_left_beside_the_scores(llava_fo
     assert metrics["vlm/average"].extra["parts"] == [f"vlm/{task}" for task in TASKS]
 
 
-def test_a_picture_that_cannot_be_read_ends_the_scoring(llava_folder, data, tmp_path):
+def broken(data: Path, tmp_path: Path) -> Path:
     (tmp_path / "gqa" / "images").mkdir(parents=True)
     for file in (data / "gqa").rglob("*.*"):
         (tmp_path / file.relative_to(data)).write_bytes(file.read_bytes())
     (tmp_path / "gqa" / "images" / "3.jpg").write_bytes(b"\xff\xd8\xff broken")
+    return tmp_path
+
+
+def test_a_picture_that_cannot_be_read_ends_the_scoring(llava_folder, data, tmp_path):
+    section = EvaluateSection(tasks=["gqa"], path=str(broken(data, tmp_path)))
     with pytest.raises(ImageError, match=r"3\.jpg"):
-        evaluated(llava_folder, EvaluateSection(tasks=["gqa"], path=str(tmp_path)), tmp_path / "out")
+        evaluated(llava_folder, section, tmp_path / "out")
+
+
+def test_a_picture_that_one_rank_cannot_read_ends_the_scoring_on_both(llava_folder, data, tmp_path):
+    with pytest.raises(RankError, match=r"rank 1: .*3\.jpg") as caught:
+        run_on_ranks(train_tiny, 2, "vlm", tmp_path, "scored", scored(llava_folder, broken(data, tmp_path), tmp_path))
+    assert str(caught.value).count("RankFailureError") >= 2
 
 
 def test_nothing_to_score_is_an_error(llava_folder, data, tmp_path):
@@ -136,13 +147,11 @@ def test_nothing_to_score_is_an_error(llava_folder, data, tmp_path):
         evaluated(llava_folder, EvaluateSection(tasks=["gqq"], path=str(data)), tmp_path)
 
 
-@pytest.mark.parametrize(("world_size", "zero"), [(1, "zero0"), (2, "zero2"), (2, "zero3")])
-def test_scores_before_training_are_those_of_the_model_on_any_ranks(
-    llava_folder, data, tmp_path, expected, world_size, zero
-):
+def scored(llava_folder: Path, data: Path, folder: Path, tasks: tuple[str, ...] = ("gqa",)) -> dict:
+    """Return the settings of a run that scores before its only step, on rows of text."""
     row = {"id": "1", "conversations": [{"from": "human", "value": "yes"}, {"from": "gpt", "value": "no"}]}
-    (tmp_path / "rows.json").write_text(json.dumps([row] * 4))
-    settings = {
+    (folder / "rows.json").write_text(json.dumps([row] * 4))
+    return {
         "model.path": llava_folder,
         "data.train": "[rows.json]",
         "data.num_validation": 0,
@@ -150,13 +159,19 @@ def test_scores_before_training_are_those_of_the_model_on_any_ranks(
         "train.micro_batch_size": 1,
         "train.max_steps": 1,
         "train.eval_every": "null",
-        "deepspeed.config": zero,
         "evaluate.before_training": "true",
         "evaluate.path": data,
-        "evaluate.tasks": f"[{', '.join(TASKS)}]",
+        "evaluate.tasks": f"[{', '.join(tasks)}]",
         "evaluate.batch_size": 2,
         "evaluate.max_new_tokens": 8,
     }
+
+
+@pytest.mark.parametrize(("world_size", "zero"), [(1, "zero0"), (2, "zero2"), (2, "zero3")])
+def test_scores_before_training_are_those_of_the_model_on_any_ranks(
+    llava_folder, data, tmp_path, expected, world_size, zero
+):
+    settings = {**scored(llava_folder, data, tmp_path, TASKS), "deepspeed.config": zero}
     run_on_ranks(train_tiny, world_size, "vlm", tmp_path, "scored", settings, timeout_s=120)
     folder = tmp_path / "runs" / "scored" / "results" / "before"
     assert [row["text"] for row in predictions(folder)] == expected

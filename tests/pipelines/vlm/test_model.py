@@ -89,6 +89,21 @@ def test_a_llava_assembled_from_its_parts_has_the_same_logits(parts, whole):
     assert {name for name, _ in model.named_parameters()} == {name for name, _ in whole.named_parameters()}
 
 
+def test_the_recipes_attention_reaches_every_part_of_an_assembled_model(parts):
+    model, _, _ = load(assembled(parts, attention="eager"))
+    layers = [model.model.language_model.layers[0].self_attn, model.model.vision_tower.encoder.layers[0].self_attn]
+    assert [layer.config._attn_implementation for layer in layers] == ["eager", "eager"]
+
+
+def test_a_tower_of_another_kind_or_a_layer_that_it_lacks_is_refused(parts, llava_folder):
+    with pytest.raises(ConfigError, match=r"is a 'llama' model; it must be a CLIP vision model"):
+        load(assembled(parts, vision_tower=str(parts / "language_model")))
+    with pytest.raises(ValueError, match=r"model\.feature_layer is -9; it must be at least -4"):
+        load(assembled(parts, feature_layer=-9))
+    with pytest.raises(ConfigError, match="has a vision tower of its own"):
+        load(ModelSection(path=str(llava_folder), vision_tower=str(parts / "tower")))
+
+
 def test_a_language_model_without_an_image_token_is_given_one_that_is_never_the_likeliest(parts, tmp_path, whole):
     language_model = LlamaForCausalLM.from_pretrained(parts / "language_model")
     before = language_model.config.vocab_size - 1
@@ -150,6 +165,7 @@ def test_a_checkpoint_of_the_original_repository_is_read(tmp_path, parts, whole,
         "use_mm_proj": True,
     }
     (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    torch.save({"learning_rate": object()}, tmp_path / "training_args.bin")  # its trainer leaves such a file
     AutoTokenizer.from_pretrained(llava_folder).save_pretrained(tmp_path)
     model, _, _ = load(ModelSection(path=str(tmp_path)))
     assert torch.equal(logits(model), logits(whole))

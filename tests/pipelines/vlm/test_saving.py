@@ -19,6 +19,7 @@ from dora_core.config import ConfigError
 from pipelines.vlm.config import ModelSection, VLMAdapterSection
 from pipelines.vlm.merge import load_any_adapter, merge, probe
 from pipelines.vlm.model import load_llava, load_tokenizer
+from pipelines.vlm.towers import facts_of
 
 
 def load(folder: Path):
@@ -95,6 +96,7 @@ def test_merging_makes_a_plain_llava_that_transformers_loads_with_its_processor(
     assert type(merged) is LlavaForConditionalGeneration
     assert not any(isinstance(module, LoRALinear) for module in merged.modules())
     assert torch.allclose(logits(merged, vision), logits(model, vision), atol=1e-4)
+    assert facts_of(merged.config.vision_config, str(tmp_path)) == vision
     processor = AutoProcessor.from_pretrained(tmp_path)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -111,8 +112,9 @@ def test_rows_grouped_by_modality_are_all_seen_and_shards_train_as_json_does(fol
     grouped = {"data.group_by_modality": "true", "train.lr": 1e-9}
     losses = train(folder, llava_folder, 1, "json", **grouped)
     rows = read_metrics(folder / "runs" / "json" / "metrics.jsonl")
-    assert [row["num_images"] for row in rows] in ([4, 0, 4, 0], [0, 4, 0, 4], [4, 4, 0, 0], [4, 0, 0, 4], [0, 4, 4, 0])
-    assert sum(row["num_rows"] for row in rows) == 16
+    totals = [0, *(row["num_images"] for row in rows)]
+    assert sorted(b - a for a, b in itertools.pairwise(totals)) == [0, 0, 4, 4]
+    assert rows[-1]["num_rows"] == 16
     from_shards = train(
         folder, llava_folder, 1, "shards", **grouped, **{"data.train": "[shards]", "data.images": "null"}
     )
@@ -142,7 +144,7 @@ def test_unreadable_rows_are_counted_written_down_and_left_out(folder, llava_fol
         bad = read_metrics(run / "bad_rows.jsonl")
         assert sorted(row["row"] for row in bad) == ["some.json, row 2, id '1'", "some.json, row 4, id '3'"]
         assert all("gone.png" in row["reason"] for row in bad)
-        assert read_metrics(run / "metrics.jsonl")[-1]["num_bad_rows"] == 2
+        assert read_metrics(run / "metrics.jsonl")[-1]["num_bad"] == 2
 
 
 def test_too_many_unreadable_rows_end_the_run_with_a_message(folder, llava_folder):
