@@ -39,7 +39,7 @@ def launch(script: Path, output: Path, name: str, arguments: list[str]) -> None:
         str(script),
         *arguments,
     ]
-    command += ["--run.root", str(output), "--run.name", name]
+    command += ["--run.root", str(output), "--run.name", name, "--log.tensorboard", "false"]
     shown = shlex.join(["deepspeed", *command[1:5], os.path.relpath(script)])
     shown += " " + shlex.join(command[6:]).replace(" --", " \\\n    --")
     print(textwrap.indent(shown, "      $ ", lambda line: line.startswith("deepspeed")), flush=True)
