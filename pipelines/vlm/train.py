@@ -20,6 +20,7 @@ from torch.utils.data import Subset
 
 from dora_core.adapters import apply_adapters, reuse_norms
 from dora_core.data.loader import StepLoader, batch_loader
+from dora_core.data.rows import DataError
 from dora_core.data.sampler import StepPlan
 from dora_core.engine.build import DTYPES, Engine, build_engine
 from dora_core.engine.state import restore_weights
@@ -107,7 +108,11 @@ def train(cfg: VLMConfig) -> None:
                     **progress.counts,
                 )
                 bad = [(row.where, row.reason) for batch in batches for row in batch["bad_rows"]]
-                bad_rows.note(progress, counts["num_bad"], bad)
+                try:
+                    bad_rows.note(progress, counts["num_bad"], bad)
+                except DataError:  # on every rank: what was learned so far is kept
+                    run.save(engine, progress)
+                    raise
                 if validation is not None and progress.due(cfg.train.eval_every, num_steps):
                     loss, num_bad = validation_loss(engine, validation, collate, encoder, cfg)
                     progress.note_validation(loss)

@@ -15,6 +15,7 @@ from transformers import LlavaForConditionalGeneration
 from dora_core.data.shards import write_shards
 from dora_core.testing.contracts import train_tiny
 from dora_core.testing.ranks import RankError, run_on_ranks
+from dora_core.training.checkpoint import CheckpointStore
 from dora_core.training.metrics import read_metrics
 from pipelines.vlm.config import ModelSection
 from pipelines.vlm.model import load_llava, load_tokenizer
@@ -151,6 +152,8 @@ def test_too_many_unreadable_rows_end_the_run_with_a_message(folder, llava_folde
     many = {"data.train": damage(folder, "many.json", 6), "data.max_bad_fraction": 0.2}
     with pytest.raises(RankError, match=r"cannot be used; data.max_bad_fraction 0.2 allows 3.*gone.png"):
         train(folder, llava_folder, 2, "too-bad", **many)
+    store = CheckpointStore(folder / "runs" / "too-bad" / "checkpoints")
+    assert store.newest() in (2, 3)  # what was learned until then is kept
 
 
 def test_stage_1_trains_the_projector_alone_and_leaves_llavas_file(folder, llava_folder):
