@@ -13,9 +13,9 @@ from dora_core.evaluation.evaluator import EvaluationContext
 from dora_core.evaluation.generation import generate_texts
 from dora_core.evaluation.runner import agree, equal_calls
 from pipelines.vlm.batches import stack_images
-from pipelines.vlm.conversation import IMAGE_MARK, render_question
+from pipelines.vlm.conversation import render_question
 from pipelines.vlm.encode import Encoder, tokenize
-from pipelines.vlm.images import ImageError, open_image
+from pipelines.vlm.images import ImageError
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,8 @@ class Answering:
         """Return the prompt's tokens, those of the images in place."""
         tokenizer = self.encoder.tokenizer
         ids, _ = tokenize(tokenizer, render_question(question, num_images, self.encoder.section.template, tokenizer))
-        image_id, per_image = tokenizer.convert_tokens_to_ids(IMAGE_MARK), self.encoder.vision.num_tokens
+        image_id, per_image = self.encoder.image_id, self.encoder.vision.num_tokens
         return [each for token in ids for each in [token] * (per_image if token == image_id else 1)]
-
-    def pixels(self, image: str | bytes) -> Tensor:
-        """Return an image, uint8 [3, size, size]; raises ``ImageError``."""
-        return self.encoder.transform(open_image(image, self.encoder.section.max_image_pixels))
 
 
 def answer_questions(
@@ -52,7 +48,7 @@ def answer_questions(
 
     def pixels_or_blank(image: str | bytes) -> Tensor:
         try:
-            return answering.pixels(image)
+            return answering.encoder.pixels(image)
         except ImageError as error:  # the other ranks are in the middle of their calls
             problems.append(error)
             return stack_images([], answering.encoder.vision.size)[0]

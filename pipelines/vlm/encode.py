@@ -45,13 +45,16 @@ class Encoder:
     def encode(self, row: dict[str, Any], images: Sequence[str | bytes]) -> VisionRow:
         """Return the row's tokens and pixels. Raises ``RowError`` or ``ImageError`` if it cannot be used."""
         rendered = render(row, len(images), self.section.template, self.tokenizer)
-        ids, labels, num_kept = self._tokens(rendered, len(images))
+        ids, labels = self._tokens(rendered, len(images))
+        num_kept = len(images)
         truncated = len(ids) > self.section.max_length
         if truncated:
             ids, labels, num_kept = self._cut(ids, labels)
-        transform = self.transform
-        pixels = tuple(transform(open_image(image, self.section.max_image_pixels)) for image in images[:num_kept])
-        return VisionRow(TokenRow(ids, labels), pixels, truncated)
+        return VisionRow(TokenRow(ids, labels), tuple(map(self.pixels, images[:num_kept])), truncated)
+
+    def pixels(self, image: str | bytes) -> Tensor:
+        """Return an image, uint8 [3, size, size]; raises ``ImageError``."""
+        return self.transform(open_image(image, self.section.max_image_pixels))
 
     @property
     def transform(self) -> ImageTransform:
@@ -70,7 +73,7 @@ class Encoder:
         """The id of the image token."""
         return self.tokenizer.convert_tokens_to_ids(IMAGE_MARK)
 
-    def _tokens(self, rendered: Rendered, num_images: int) -> tuple[list[int], list[int], int]:
+    def _tokens(self, rendered: Rendered, num_images: int) -> tuple[list[int], list[int]]:
         found, spans = tokenize(self.tokenizer, rendered)
         image_id, per_image = self.image_id, self.vision.num_tokens
         if found.count(image_id) != num_images:
@@ -85,7 +88,7 @@ class Encoder:
             count = per_image if token == image_id else 1
             ids += [token] * count
             labels += [token if has_loss and token != image_id else IGNORED] * count
-        return ids, labels, num_images
+        return ids, labels
 
     def _cut(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int], int]:
         """Cut to ``max_length`` tokens, before an image that would be cut; say how many images are left."""

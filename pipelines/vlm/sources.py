@@ -100,6 +100,9 @@ class ShardSource:
         self.name = pattern
         self._shards = ShardSet(shard_files(pattern))
         self.sha256 = self._shards.sha256
+        places = range(len(self._shards))
+        self._counts = np.array([len(self._image_members(place)) for place in places], dtype=np.int32)
+        self._characters = np.array([self._shards.members(place).get("json", 0) for place in places], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -123,11 +126,11 @@ class ShardSource:
 
     def num_images(self, place: int) -> int:
         """Return how many image members the sample has."""
-        return len(self._image_members(place))
+        return int(self._counts[place])
 
     def num_characters(self, place: int) -> int:
         """Return the size of the sample's json."""
-        return self._shards.members(place).get("json", 0)
+        return int(self._characters[place])
 
     def _image_members(self, place: int) -> list[str]:
         """Return the image members in order: ``jpg``, or ``0.jpg``, ``1.jpg`` … where there are several."""
