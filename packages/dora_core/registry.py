@@ -7,7 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,15 @@ T = TypeVar("T")
 
 class RegistryError(ValueError):
     """A name is unknown, taken twice, or not of the form that the registry expects."""
+
+
+def verb(module: str) -> staticmethod:
+    """Return a pipeline's verb: ``module.main`` called with the arguments, the module imported when that happens."""
+
+    def call(arguments: Sequence[str]) -> None:
+        importlib.import_module(module).main(arguments)
+
+    return staticmethod(call)
 
 
 def unknown_name(kind: str, name: str, known: list[str], what_to_do: str = "") -> RegistryError:

@@ -11,6 +11,7 @@ import torch
 
 from dora_core.adapters import load_adapter, reuse_norms
 from dora_core.config import load_config, split_arguments
+from dora_core.engine.build import narrow_forward
 from dora_core.engine.distributed import World
 from dora_core.evaluation.evaluator import EvaluationContext
 from dora_core.evaluation.results import Metric, average_metric, config_hash, format_table
@@ -103,6 +104,7 @@ def main(arguments: Sequence[str]) -> None:
         model = load_model(cfg.model, cfg.train.precision)
         if own.adapter is not None:
             load_adapter(model, own.adapter)
+            narrow_forward(model, cfg.train.precision, world.device.type)
         model = model.to(world.device).eval()
         with reuse_norms(model):
             evaluate_model(model, load_tokenizer(cfg.model), cfg.evaluate, cfg.data.template, own.output)

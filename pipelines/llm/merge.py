@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dora_core.adapters import load_adapter, merge_and_unload
 from dora_core.config import require
+from dora_core.engine.build import narrow_forward
 from dora_core.engine.export import save_model
 from dora_core.training.script import run_script
 from pipelines.llm.config import ModelSection
@@ -37,6 +38,7 @@ def merge(adapter: Path, output: Path, base: str | None = None, precision: str =
     section = ModelSection(path=base)
     model = load_model(section, precision).eval()
     _, report = load_adapter(model, adapter)
+    narrow_forward(model, precision, "cpu")
     print(report)
     print(f"merged {merge_and_unload(model)}")
     save_model(model, output, precision)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from dora_core.registry import PIPELINES
+from dora_core.registry import PIPELINES, verb
 from pipelines.llm.config import RECIPES, LLMConfig
 
 
@@ -14,38 +12,8 @@ class LLMPipeline:
 
     config = LLMConfig
     recipes = RECIPES
-
-    @staticmethod
-    def prepare(arguments: Sequence[str]) -> None:
-        """Write a small random LLaMA and a world of rows to train it on."""
-        from pipelines.llm.prepare import main
-
-        main(arguments)
-
-    @staticmethod
-    def train(arguments: Sequence[str]) -> None:
-        """Train as ``deepspeed pipelines/llm/train.py`` does, in this one process."""
-        from pipelines.llm.train import main
-
-        main(arguments)
-
-    @staticmethod
-    def evaluate(arguments: Sequence[str]) -> None:
-        """Score a base model, an adapter or a run."""
-        from pipelines.llm.evaluate import main
-
-        main(arguments)
-
-    @staticmethod
-    def merge(arguments: Sequence[str]) -> None:
-        """Merge an adapter into a plain model that transformers loads."""
-        from pipelines.llm.merge import main
-
-        main(arguments)
-
-    @staticmethod
-    def demo(arguments: Sequence[str]) -> None:
-        """Run this pipeline's slice of ``make demo``."""
-        from pipelines.llm.demo import main
-
-        main(arguments)
+    prepare = verb("pipelines.llm.prepare")
+    train = verb("pipelines.llm.train")
+    evaluate = verb("pipelines.llm.evaluate")
+    merge = verb("pipelines.llm.merge")
+    demo = verb("pipelines.llm.demo")

@@ -12,10 +12,10 @@ from torch import Tensor
 from dora_core.evaluation.evaluator import EvaluationContext
 from dora_core.evaluation.generation import generate_texts
 from dora_core.evaluation.runner import agree, equal_calls
+from dora_core.media.images import ImageError
 from pipelines.vlm.batches import stack_images
 from pipelines.vlm.conversation import render_question
 from pipelines.vlm.encode import Encoder, tokenize
-from pipelines.vlm.images import ImageError
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dora_core.data.collate import IGNORED, num_targets, pad_rows
+from dora_core.media.images import ImageTransform
 from pipelines.vlm.encode import BadRow, VisionRow
-from pipelines.vlm.images import ImageTransform
 
 Batch = dict[str, Any]
 """``input_ids``, ``labels``, ``attention_mask`` ``[B, S]`` int64; ``pixel_values`` ``[N, 3, size, size]`` uint8 of the

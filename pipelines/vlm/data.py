@@ -13,10 +13,10 @@ import numpy as np
 
 from dora_core.data.mixture import Mixture
 from dora_core.data.rows import DataError, hold_out
+from dora_core.media.images import ImageError
 from pipelines.vlm.config import DataSection, SourceSection
 from pipelines.vlm.conversation import RowError
 from pipelines.vlm.encode import BadRow, Encoder, VisionRow
-from pipelines.vlm.images import ImageError
 from pipelines.vlm.sources import Source, open_source
 
 # Tokenizers work in the processes that prepare batches; their own threads would warn after the fork, and compete.

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dora_core.data.collate import IGNORED, TokenRow
+from dora_core.media.images import ImageTransform, open_image
 from pipelines.vlm.config import DataSection
 from pipelines.vlm.conversation import IMAGE_MARK, Rendered, RowError, render
-from pipelines.vlm.images import ImageTransform, open_image
 from pipelines.vlm.towers import VisionFacts
 
 

@@ -12,7 +12,7 @@ import torch
 
 from dora_core.adapters import reuse_norms
 from dora_core.config import load_config, split_arguments
-from dora_core.engine.build import DTYPES, Engine
+from dora_core.engine.build import DTYPES, Engine, narrow_forward
 from dora_core.engine.distributed import World
 from dora_core.evaluation.evaluator import EvaluationContext, Evaluator
 from dora_core.evaluation.results import Metric, average_metric, config_hash, format_table
@@ -172,6 +172,7 @@ def main(arguments: Sequence[str]) -> None:
         model, vision = load_llava(cfg.model, tokenizer, cfg.train.precision)
         if own.adapter is not None:
             load_any_adapter(model, own.adapter)
+            narrow_forward(model, cfg.train.precision, world.device.type)
         model = model.to(world.device).eval()
         encoder = Encoder(tokenizer, vision, cfg.data)
         with reuse_norms(model) if own.adapter else torch.no_grad():

@@ -15,6 +15,7 @@ from transformers import LlavaForConditionalGeneration
 from dora_core.adapters import load_adapter, merge_and_unload
 from dora_core.adapters.report import AdapterReport
 from dora_core.config import load_config, require, split_arguments
+from dora_core.engine.build import narrow_forward
 from dora_core.engine.export import save_model
 from dora_core.training.script import run_script
 from pipelines.vlm.config import RECIPES, ModelSection, VLMConfig
@@ -68,6 +69,7 @@ def merge(
     require_savable(model)
     model.eval()
     print(load_any_adapter(model, adapter))
+    narrow_forward(model, precision, "cpu")
     print(f"merged {merge_and_unload(model, probe(model, vision))}")
     save_model(model, output, precision)
     save_processor(output, model, tokenizer, vision, template)

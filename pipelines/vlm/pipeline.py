@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from dora_core.registry import PIPELINES
+from dora_core.registry import PIPELINES, verb
 from pipelines.vlm.config import RECIPES, VLMConfig
 
 
@@ -14,38 +12,8 @@ class VLMPipeline:
 
     config = VLMConfig
     recipes = RECIPES
-
-    @staticmethod
-    def prepare(arguments: Sequence[str]) -> None:
-        """Write a small random LLaVA and a world of pictures to train it on."""
-        from pipelines.vlm.prepare import main
-
-        main(arguments)
-
-    @staticmethod
-    def train(arguments: Sequence[str]) -> None:
-        """Train as ``deepspeed pipelines/vlm/train.py`` does, in this one process."""
-        from pipelines.vlm.train import main
-
-        main(arguments)
-
-    @staticmethod
-    def evaluate(arguments: Sequence[str]) -> None:
-        """Score a base model, or one with an adapter."""
-        from pipelines.vlm.evaluate import main
-
-        main(arguments)
-
-    @staticmethod
-    def merge(arguments: Sequence[str]) -> None:
-        """Merge an adapter into a plain model that transformers loads."""
-        from pipelines.vlm.merge import main
-
-        main(arguments)
-
-    @staticmethod
-    def demo(arguments: Sequence[str]) -> None:
-        """Run this pipeline's slice of ``make demo``."""
-        from pipelines.vlm.demo import main
-
-        main(arguments)
+    prepare = verb("pipelines.vlm.prepare")
+    train = verb("pipelines.vlm.train")
+    evaluate = verb("pipelines.vlm.evaluate")
+    merge = verb("pipelines.vlm.merge")
+    demo = verb("pipelines.vlm.demo")

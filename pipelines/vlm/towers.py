@@ -19,8 +19,8 @@ from transformers.utils import cached_file
 
 from dora_core.config import ConfigError
 from dora_core.engine.pretrained import not_found
+from dora_core.media.images import CLIP_MEAN, CLIP_STD
 from dora_core.registry import unknown_name
-from pipelines.vlm.images import CLIP_MEAN, CLIP_STD
 
 OPEN_CLIP = "open_clip:"
 

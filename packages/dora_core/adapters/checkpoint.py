@@ -17,7 +17,7 @@ from dora_core.adapters.linear import LoRALinear, scale_of
 from dora_core.adapters.merge import adapted_layers
 from dora_core.adapters.report import AdapterReport
 from dora_core.adapters.sharded import full_shape, gathered
-from dora_core.adapters.stored import CONFIG_FILE, METADATA_KEY, PREFIX, SUFFIXES, WEIGHTS_FILE, read_adapter
+from dora_core.adapters.stored import BASE_BIAS, CONFIG_FILE, METADATA_KEY, PREFIX, SUFFIXES, WEIGHTS_FILE, read_adapter
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -28,8 +28,6 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     state: dict[str, Tensor] = {}
     for name, layer in adapted_layers(model).items():
-        if layer.bias is not None and layer.bias.requires_grad:
-            raise AdapterError(f"The bias of {name} is trained, which an adapter's files cannot hold. Freeze it.")
         tensors = {key: getattr(layer, key) for key in SUFFIXES}
         with gathered(tensor for tensor in tensors.values() if tensor is not None):
             if not layer.rank:
@@ -41,6 +39,10 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in _extra_tensors(model).items():
         with gathered([tensor]):
             state[PREFIX + name] = _on_cpu(tensor)
+    layers = adapted_layers(model)
+    for name, bias in _lone_biases(model).items():
+        with gathered([bias]):
+            state[f"{PREFIX}{name}{BASE_BIAS if name in layers else '.bias'}"] = _on_cpu(bias)
     return state
 
 
@@ -65,7 +67,7 @@ def peft_config(model: nn.Module, config: AdapterConfig, base_model: str | None)
         "alpha_pattern": config.alpha_pattern,
         "use_rslora": config.rslora,
         "use_dora": config.kind == "dora",
-        "bias": "none",
+        "bias": config.bias,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": sorted({name.rpartition(".")[0] for name in _extra_tensors(model)}) or None,
@@ -109,6 +111,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> tuple[AdapterConfig, A
     _compare("layers", set(layers), set(stored.modules), folder)
     _compare("tensors of modules_to_save", set(extras), set(stored.extras), folder)
     copies = [(extras[name], tensor, name) for name, tensor in stored.extras.items()]
+    biases = _lone_biases(model)
+    _compare("biases", set(biases), set(stored.biases), folder)
+    copies += [(biases[name], tensor, f"{name}.bias") for name, tensor in stored.biases.items()]
     for name, layer in layers.items():
         own = {key: getattr(layer, key) for key in SUFFIXES if getattr(layer, key) is not None}
         given = stored.modules[name]
@@ -136,11 +141,29 @@ def _extra_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return what belongs to modules trained as they are, by name; a tied weight has several names."""
     tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        own = list(module.parameters(recurse=False))
-        if not isinstance(module, LoRALinear) and any(parameter.requires_grad for parameter in own):
+        if _is_trained_as_it_is(module):
             state = module.state_dict(keep_vars=True)  # its buffers too, without those that are never saved
             tensors |= {f"{name}.{key}": tensor for key, tensor in state.items() if "." not in key}
     return tensors
+
+
+def _lone_biases(model: nn.Module) -> dict[str, Tensor]:
+    """Return by module the trained biases whose module is not trained as it is."""
+    return {
+        name: module.bias
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(getattr(module, "bias", None), nn.Parameter)
+        and module.bias.requires_grad
+        and not _is_trained_as_it_is(module)
+    }
+
+
+def _is_trained_as_it_is(module: nn.Module) -> bool:
+    if isinstance(module, LoRALinear):
+        return False
+    own = dict(module.named_parameters(recurse=False))
+    trained = {name for name, parameter in own.items() if parameter.requires_grad}
+    return bool(trained) and (trained != {"bias"} or set(own) == {"bias"})
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

@@ -40,6 +40,9 @@ class AdapterConfig:
     """Modules whose magnitude alone is trained (paper, Table 6); only with ``kind: dora``."""
     trainable: list[str] | str = field(default_factory=list)
     """Modules trained as they are beside the adapter, for example a projector or layer norms."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases to train beside the adapter: PEFT's words for none, every one (but ``exclude``'s), and those of the
+    adapted layers. A model with its adapter disabled keeps them as trained."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     seed: int = 0

@@ -74,9 +74,23 @@ def apply_adapters(model: nn.Module, config: AdapterConfig) -> AdapterReport:
     for name in extras:
         for inner in modules[name].modules():
             if not isinstance(inner, LoRALinear):
-                train_in_full_precision(inner)
+                train_in_full_precision(inner.parameters(recurse=False))
         lines.append(describe_module(name, modules[name], "trainable"))
+    train_in_full_precision(_biases(model, config))
     return report_on(model, lines)
+
+
+def _biases(model: nn.Module, config: AdapterConfig) -> list[nn.Parameter]:
+    """Return the biases that ``config.bias`` means; an error if there are none."""
+    owners = {
+        "none": {},
+        "all": {name: module for name, module in model.named_modules() if not matches(name, config.exclude)},
+        "lora_only": {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)},
+    }[config.bias]
+    found = [own["bias"] for own in (dict(m.named_parameters(recurse=False)) for m in owners.values()) if "bias" in own]
+    if not found and config.bias != "none":
+        raise AdapterError(f"adapter.bias is {config.bias!r}, but there are no such biases. Set adapter.bias: none.")
+    return found
 
 
 def _match(modules: dict[str, nn.Module], patterns: list[str] | str, field: str, fits: Callable) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -12,9 +14,9 @@ from dora_core.adapters.sharded import is_partitioned
 from dora_core.registry import ADAPTERS
 
 
-def train_in_full_precision(module: nn.Module) -> None:
-    """Make the module's own parameters trainable, in fp32 (autocast narrows them in the forward pass)."""
-    for parameter in module.parameters(recurse=False):
+def train_in_full_precision(parameters: Iterable[nn.Parameter]) -> None:
+    """Make parameters trainable, in fp32 (autocast narrows them in the forward pass)."""
+    for parameter in parameters:
         parameter.requires_grad_(True)
         dtype = accumulation_dtype(parameter.dtype)
         if parameter.dtype != dtype:
@@ -47,7 +49,7 @@ def dora(module: nn.Linear, config: AdapterConfig, rank: int, alpha: float, gene
 @ADAPTERS.register("full")
 def full(module: nn.Module, config: AdapterConfig, rank: int, alpha: float, generator: torch.Generator) -> nn.Module:
     """Return ``module`` itself with its own parameters trainable."""
-    train_in_full_precision(module)
+    train_in_full_precision(module.parameters(recurse=False))
     return module
 
 

@@ -29,11 +29,12 @@ _ENDINGS = {ending: own for own, ending in SUFFIXES.items()} | {
     _REFERENCE_MAGNITUDE: "magnitude",
 }
 _BASE_WEIGHT = ".base_layer.weight"
+BASE_BIAS = ".base_layer.bias"
+"""How PEFT names the trained bias of an adapted layer."""
 # PEFT's options that change the function computed and that these layers do not have.
 _UNSUPPORTED = (
     "alora_invocation_tokens",
     "arrow_config",
-    "bias",
     "fan_in_fan_out",
     "kasa_config",
     "layer_replication",
@@ -62,13 +63,18 @@ class StoredAdapter:
     """Tensors of modules trained as they are, by their names in the model."""
     base_weights: dict[str, Tensor]
     """By module name: copies of frozen weights, which PEFT adds for an adapted output layer."""
+    biases: dict[str, Tensor]
+    """By module name: trained biases [out] of modules that are not trained otherwise."""
 
 
 def read_adapter(folder: Path) -> StoredAdapter:
     """Read the adapter in ``folder``. Raises ``AdapterError`` if files are missing, broken or contradict each other."""
     raw = _read_config(folder)
     flat, metadata = _read_weights(folder)
-    modules, extras, base_weights = _sort_tensors(flat, folder)
+    modules, others, base_weights = _sort_tensors(flat, folder)
+    trains_biases = raw.get("bias") or "none"
+    extras, biases = _part_biases(others, set(modules)) if trains_biases != "none" else (others, {})
+    _refuse_strangers(extras, modules, folder)
     is_reference = raw["peft_type"] == "DORA"
     is_dora = is_reference or bool(raw.get("use_dora"))
     _check_magnitudes(is_dora, modules, folder)
@@ -94,12 +100,13 @@ def read_adapter(folder: Path) -> StoredAdapter:
             targets=factored if explicit or targets in (None, "all-linear") else targets,
             magnitude_targets=sorted(magnitude_only),
             trainable=sorted({name.rpartition(".")[0] for name in extras}),
+            bias=trains_biases,
             rank_pattern={key: int(rank) for key, rank in _used_patterns(raw, "rank_pattern", factored)},
             alpha_pattern={key: float(alpha) for key, alpha in _used_patterns(raw, "alpha_pattern", factored)},
         )
     except (AttributeError, TypeError, ValueError) as error:
         raise AdapterError(f"{folder / CONFIG_FILE} cannot be used: {str(error).rstrip('.')}.") from None
-    return StoredAdapter(config, modules, extras, base_weights)
+    return StoredAdapter(config, modules, extras, base_weights, biases)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -167,10 +174,30 @@ def _sort_tensors(flat: dict[str, Tensor], folder: Path) -> tuple[Modules, dict[
         modules.setdefault(name.removesuffix(ending), {})[_ENDINGS[ending]] = tensor
     copies = [name for name in others if name.removesuffix(_BASE_WEIGHT) in modules]
     base_weights = {name.removesuffix(_BASE_WEIGHT): others.pop(name) for name in copies}
-    for name in others:
+    return modules, others, base_weights
+
+
+def _part_biases(tensors: dict[str, Tensor], adapted: set[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the other tensors, and the biases by module: those whose module has no weight in the file.
+
+    PEFT saves whatever has "bias" in its name, also buffers such as BART's ``final_logits_bias``, which no one trains.
+    """
+    extras, biases = {}, {}
+    for name, tensor in tensors.items():
+        module, _, last = name.rpartition(".")
+        if name.endswith(BASE_BIAS) and name.removesuffix(BASE_BIAS) in adapted:
+            biases[name.removesuffix(BASE_BIAS)] = tensor
+        elif last == "bias" and f"{module}.weight" not in tensors:
+            biases[module] = tensor
+        elif not last.endswith("_bias"):
+            extras[name] = tensor
+    return extras, biases
+
+
+def _refuse_strangers(extras: dict[str, Tensor], modules: Modules, folder: Path) -> None:
+    for name in extras:
         if any(name.startswith(module + ".") for module in modules):
             raise AdapterError(f"{folder}: tensor {name!r} belongs to no adapter that these layers have.")
-    return modules, others, base_weights
 
 
 def _check_magnitudes(is_dora: bool, modules: Modules, folder: Path) -> None:

@@ -89,10 +89,7 @@ class StepPlan:
         The lists' sizes differ by at most one, over all ranks the ranks' totals too; at the short end of an epoch
         lists may be empty.
         """
-        mine = self.rows(step)[self._rank :: self._world_size]
-        size, extra = divmod(len(mine), self.accumulation)
-        starts = [index * size + min(index, extra) for index in range(self.accumulation + 1)]
-        return [mine[starts[index] : starts[index + 1]] for index in range(self.accumulation)]
+        return deal(self.rows(step), self._rank, self._world_size, self.accumulation)
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._latest is None or self._latest[0] != epoch:
@@ -141,6 +138,14 @@ class StepPlan:
             there = int(self._lengths[rest].argmax())
             here = int(lengths[longest].argmin())
             batches[0, here], rest[there] = rest[there], batches[0, here]
+
+
+def deal(rows: Sequence[int], rank: int, world_size: int, accumulation: int) -> list[list[int]]:
+    """Return one rank's share of a step's ``rows`` as ``accumulation`` lists, whose sizes differ by at most one."""
+    mine = list(rows[rank::world_size])
+    size, extra = divmod(len(mine), accumulation)
+    starts = [index * size + min(index, extra) for index in range(accumulation + 1)]
+    return [mine[starts[index] : starts[index + 1]] for index in range(accumulation)]
 
 
 def _one_per_row(name: str, values: Sequence[int] | None, num_rows: int) -> np.ndarray | None:

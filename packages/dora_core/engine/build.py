@@ -131,7 +131,7 @@ def build_engine(model: nn.Module, groups: list[dict], train: TrainSection, zero
         raise ValueError(
             "No parameter is trainable. Set adapter.kind to dora, lora or full, or name adapter.trainable."
         )
-    _narrow_forward(model, DTYPES[train.precision], world.device.type)
+    narrow_forward(model, train.precision, world.device.type)
     if zero.stage == 0:
         model.to(world.device)
     optimizer = make_optimizer(groups, train)
@@ -140,12 +140,16 @@ def build_engine(model: nn.Module, groups: list[dict], train: TrainSection, zero
     return Engine(engine, train, world, zero.stage, zero.config["gradient_accumulation_steps"], scale)
 
 
-def _narrow_forward(model: nn.Module, dtype: torch.dtype, device_type: str) -> None:
+def narrow_forward(model: nn.Module, precision: str, device_type: str) -> None:
     """Run the forward pass under autocast if a module beside the adapters has trainable fp32 weights.
 
-    The adapters' own layers compute in the frozen weights' type by themselves and need none of it.
+    So has a model of another ``precision`` that is trained, or that an adapter with such weights was loaded into. The
+    adapters' own layers compute in the frozen weights' type by themselves and need none of it.
     """
-    if dtype == torch.float32:
+    if precision == "fp32":
         return
     if any(p.requires_grad and parameter_role(name) == "other" for name, p in model.named_parameters()):
-        model.forward = torch.autocast(device_type, dtype)(model.forward)
+        # one context each: an entered one that is entered again forgets what to restore
+        model.forward = torch.autocast(device_type, DTYPES[precision])(model.forward)
+        if hasattr(model, "generate"):  # which may call parts of the model, such as an encoder, by themselves
+            model.generate = torch.autocast(device_type, DTYPES[precision])(model.generate)

@@ -1,4 +1,4 @@
-"""Texts and option scores from a causal language model, the same for every batch size.
+"""Texts and option scores from a language model, the same for every batch size.
 
 Legend of tensor names: B rows of a batch, S tokens of the longest row, T tokens kept, V vocabulary.
 """
@@ -29,19 +29,20 @@ def generate_texts(
     batch_size: int,
     num_beams: int,
     max_new_tokens: int,
-    inputs_for: Callable[[list[int]], dict[str, Tensor]] | None = None,
+    inputs_for: Callable[[list[int]], dict[str, Any]] | None = None,
     num_calls: int | None = None,
     synced: bool = False,
     device: torch.device | None = None,
 ) -> list[str]:
     """Return the continuation of each prompt, in order, by greedy (``num_beams`` 1) or beam search, never sampling.
 
-    Prompts, texts or token ids, are padded on the left under a mask and never truncated. A continuation ends before the
-    first end-of-text token of the tokenizer or of the model's generation config, whose other settings are left aside.
-    ``model`` is the model itself, not an engine around it.
+    Prompts, texts or token ids, are padded under a mask and never truncated. A continuation ends before the first
+    end-of-text token of the tokenizer or of the model's generation config, whose other settings are left aside.
+    ``model`` is the model itself, not an engine around it; that of an encoder and a decoder answers with a text of its
+    own, for which ``max_new_tokens`` counts all tokens but the decoder's start.
 
     ``inputs_for`` returns what else the model takes, such as pixels, for the prompts at some places, which may be none.
-    It runs one batch ahead in another thread; its tensors are on the model's device or are moved there.
+    It runs one batch ahead in another thread; tensors among it are on the model's device or are moved there.
 
     Under ZeRO-3 every rank must call this with ``synced`` and the same ``num_calls``: ranks with fewer batches make
     up for them, and each call runs until all ranks are done with it.
@@ -49,6 +50,7 @@ def generate_texts(
     encoded = [_encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     device = device or _device_of(model)
     end_ids = _end_ids(model, tokenizer)
+    has_encoder = model.config.is_encoder_decoder
     settings = GenerationConfig(
         do_sample=False,
         num_beams=num_beams,
@@ -56,20 +58,21 @@ def generate_texts(
         use_cache=True,
         eos_token_id=end_ids or None,
         pad_token_id=end_ids[0] if end_ids else FILLER_ID,
+        decoder_start_token_id=_decoder_start(model) if has_encoder else None,
     )
     texts = [""] * len(prompts)
     with evaluation_mode(model), _own_generation_config_only(model):
         batches = _batches([len(ids) for ids in encoded], batch_size, num_calls)
         for places, others in _one_ahead(batches, inputs_for or (lambda places: {})):
-            ids_BS, mask_BS = _pad([encoded[place] for place in places] or [[FILLER_ID]], left=True)
+            ids_BS, mask_BS = _pad([encoded[place] for place in places] or [[FILLER_ID]], left=not has_encoder)
             output_BS = model.generate(
                 input_ids=ids_BS.to(device),
                 attention_mask=mask_BS.to(device),
-                **{name: tensor.to(device) for name, tensor in others.items()},
+                **{name: each.to(device) if torch.is_tensor(each) else each for name, each in others.items()},
                 generation_config=settings,
                 synced_gpus=synced,
             )
-            new_ids = output_BS[:, ids_BS.shape[1] :].tolist()
+            new_ids = output_BS[:, 1 if has_encoder else ids_BS.shape[1] :].tolist()
             for place, ids in zip(places, new_ids, strict=False):  # a call for the other ranks' sake has no places
                 text_ids = _until_end(ids, end_ids)
                 texts[place] = tokenizer.decode(text_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -163,8 +166,8 @@ def _batches(lengths: list[int], batch_size: int, num_calls: int | None) -> Iter
 
 
 def _one_ahead(
-    batches: Iterable[list[int]], inputs_for: Callable[[list[int]], dict[str, Tensor]]
-) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    batches: Iterable[list[int]], inputs_for: Callable[[list[int]], dict[str, Any]]
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """Yield each batch with its inputs, which are made while the batch before is being worked on."""
     with ThreadPoolExecutor(1) as worker:
         waiting = None
@@ -194,6 +197,11 @@ def _end_ids(model: Any, tokenizer: Any) -> list[int]:
     listed = model.generation_config.eos_token_id
     candidates = [tokenizer.eos_token_id, *(listed if isinstance(listed, list | tuple) else [listed])]
     return list(dict.fromkeys(candidate for candidate in candidates if candidate is not None))
+
+
+def _decoder_start(model: Any) -> int | None:
+    """Return what a decoder's texts start with, which is no part of them, even if it is the end token, as BART's."""
+    return getattr(model.config, "decoder_start_token_id", None) or model.generation_config.decoder_start_token_id
 
 
 def _until_end(ids: list[int], end_ids: list[int]) -> list[int]:

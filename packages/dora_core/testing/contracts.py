@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from dora_core.adapters.stored import PREFIX, SUFFIXES, WEIGHTS_FILE
+from dora_core.adapters.stored import BASE_BIAS, PREFIX, SUFFIXES, WEIGHTS_FILE
 from dora_core.config import load_config
 from dora_core.engine.distributed import World
 from dora_core.registry import PIPELINES, pipeline_packages
@@ -38,7 +38,8 @@ def exported_is_trained(run_folder: Path) -> bool:
         adapter = {}
         for name, value in weights.items():
             module, _, key = name.rpartition(".")
-            adapter[PREFIX + module + SUFFIXES.get(key, f".{key}")] = value
+            is_base_bias = key == "bias" and f"{module}.lora_A" in weights
+            adapter[PREFIX + module + (BASE_BIAS if is_base_bias else SUFFIXES.get(key, f".{key}"))] = value
         return adapter.keys() == exported.keys() and all(
             (exported[key] == value).all() for key, value in adapter.items()
         )

@@ -124,8 +124,6 @@ def test_a_broken_configuration_is_an_error(llama, folder, text: str, needed: st
     "change",
     [
         {"peft_type": "IA3"},
-        {"bias": "all"},
-        {"bias": "lora_only"},
         {"fan_in_fan_out": True},
         {"lora_bias": True},
         {"layer_replication": [[0, 2]]},

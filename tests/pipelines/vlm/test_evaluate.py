@@ -19,7 +19,7 @@ from dora_core.testing.ranks import RankError, run_on_ranks
 from pipelines.vlm.config import DataSection, EvaluateSection, ModelSection, VLMAdapterSection
 from pipelines.vlm.encode import Encoder
 from pipelines.vlm.evaluate import evaluate_model
-from pipelines.vlm.images import ImageError
+from dora_core.media.images import ImageError
 from pipelines.vlm.model import load_llava, load_tokenizer
 
 COLOURS = [(230, 20, 20), (20, 200, 20), (20, 20, 230), (240, 240, 40), (10, 10, 10)]
@@ -193,3 +193,11 @@ def test_the_command_scores_a_model_with_its_adapter(llava_folder, data, tmp_pat
     dora(["evaluate", "vlm", *words, "--output", "adapted", "--adapter", "adapter"])
     assert [row["text"] for row in predictions(tmp_path / "base")] == expected[:7]
     assert [row["text"] for row in predictions(tmp_path / "adapted")] != expected[:7]
+    dora(["evaluate", "vlm", *words, "--output", "half", "--adapter", "adapter", "--train.precision", "bf16"])
+    assert len(predictions(tmp_path / "half")) == 7
+
+
+def test_a_run_in_half_precision_is_scored_with_its_projector_trained(llava_folder, data, tmp_path):
+    settings = {**scored(llava_folder, data, tmp_path), "train.precision": "bf16"}
+    run_on_ranks(train_tiny, 1, "vlm", tmp_path, "half", settings, timeout_s=120)
+    assert len(predictions(tmp_path / "runs" / "half" / "results" / "before")) == 7

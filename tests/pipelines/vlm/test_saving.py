@@ -60,6 +60,14 @@ def test_a_reloaded_adapter_has_identical_logits_magnitudes_and_projector_includ
         assert torch.equal(own, loaded), name
 
 
+def test_an_adapter_with_a_projector_is_merged_in_half_precision(trained, llava_folder, tmp_path):
+    model, vision, folder = trained
+    dora(["merge", "vlm", "--adapter", str(folder), "--output", str(tmp_path), "--precision", "bf16"])
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
+    difference = (logits(merged, vision) - logits(model, vision)).abs().max()
+    assert difference < 0.05 * logits(model, vision).abs().max()
+
+
 def test_the_magnitudes_and_the_projector_in_the_file_matter(trained, llava_folder, tmp_path):
     model, vision, folder = trained
     state = load_file(folder / "adapter_model.safetensors")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
 
-from pipelines.vlm.images import CLIP_MEAN, CLIP_STD, MAX_PIXELS, ImageError, ImageTransform, open_image
+from dora_core.media.images import CLIP_MEAN, CLIP_STD, MAX_PIXELS, ImageError, ImageTransform, open_image
 
 MEDIA = sorted((Path(__file__).parents[3].parent / "shared" / "data" / "media").glob("*.jpg"))
 
@@ -388,6 +388,22 @@ def test_transforms_of_photographs_are_those_of_transformers(path):
     assert torch.equal(padded, processed(expand2square(image), clip(336)))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_stretching_resizes_both_sides_as_transformers_does_without_a_crop(shape):
+    image = Image.fromarray(picture(*shape))
+    result = ImageTransform(56, aspect="stretch")(image)
+    assert result.dtype == torch.uint8 and result.shape == (3, 56, 56) and result.is_contiguous()
+    whole = CLIPImageProcessorPil(size={"height": 56, "width": 56}, do_center_crop=False)
+    assert torch.equal(result.to(torch.int64), processed(image, whole))
+
+
+def test_a_box_is_the_mean_over_the_area_of_a_pixel():
+    array = picture(60, 40)
+    result = ImageTransform(10, aspect="stretch", resample="box")(Image.fromarray(array))
+    means = array.reshape(10, 4, 10, 6, 3).astype(float).mean(axis=(1, 3)).transpose(2, 0, 1)
+    assert np.abs(result.numpy() - means).max() <= 1  # Pillow rounds after each of two passes
+
+
 def test_bilinear_differs_from_bicubic():
     image = Image.fromarray(picture(30, 30))
     one, other = (ImageTransform(56, resample=name)(image) for name in ("bicubic", "bilinear"))
@@ -432,8 +448,8 @@ def test_a_canvas_beyond_the_limit_is_refused_before_it_is_made():
         ({"mean": (0.5, 0.5)}, "mean is .* three numbers"),
         ({"mean": (122.0, 116.0, 104.0)}, r"three numbers in \[0, 1\]"),
         ({"std": (0.0, 1.0, 1.0)}, "std is .* above 0"),
-        ({"aspect": "stretch"}, "aspect is 'stretch'; it must be pad or square. Change"),
-        ({"resample": "nearest"}, "resample is 'nearest'; it must be bicubic or bilinear"),
+        ({"aspect": "crop"}, "aspect is 'crop'; it must be pad, square or stretch. Change"),
+        ({"resample": "nearest"}, "resample is 'nearest'; it must be bicubic, bilinear or box"),
     ],
 )
 def test_a_transform_that_makes_no_sense_is_an_error(options, reason):

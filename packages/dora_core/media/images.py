@@ -38,7 +38,11 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_RESAMPLE = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "box": Image.Resampling.BOX,
+}
 
 
 class ImageError(ValueError):
@@ -80,15 +84,16 @@ class ImageTransform:
     """From a picture in mode RGB to the square of ``size`` pixels that a vision tower sees.
 
     ``aspect`` "pad" centres the picture on a square of the mean colour and resizes that, as LLaVA does; "square"
-    resizes the short side to ``size`` and cuts out the centre, as CLIP does. ``mean`` and ``std`` are of red, green
-    and blue in [0, 1]. A canvas of more than ``max_pixels`` pixels is an ``ImageError``.
+    resizes the short side to ``size`` and cuts out the centre, as CLIP does; "stretch" resizes both sides to ``size``.
+    ``resample`` "box" is the mean over the area of each new pixel. ``mean`` and ``std`` are of red, green and blue in
+    [0, 1]. A canvas of more than ``max_pixels`` pixels is an ``ImageError``.
     """
 
     size: int
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
-    aspect: Literal["pad", "square"] = "pad"
-    resample: Literal["bicubic", "bilinear"] = "bicubic"
+    aspect: Literal["pad", "square", "stretch"] = "pad"
+    resample: Literal["bicubic", "bilinear", "box"] = "bicubic"
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
@@ -96,15 +101,16 @@ class ImageTransform:
             ("size", self.size > 0, "1 or more"),
             ("mean", len(self.mean) == 3 and all(0 <= value <= 1 for value in self.mean), "three numbers in [0, 1]"),
             ("std", len(self.std) == 3 and all(value > 0 for value in self.std), "three numbers above 0"),
-            ("aspect", self.aspect in ("pad", "square"), "pad or square"),
-            ("resample", self.resample in _RESAMPLE, "bicubic or bilinear"),
+            ("aspect", self.aspect in ("pad", "square", "stretch"), "pad, square or stretch"),
+            ("resample", self.resample in _RESAMPLE, "bicubic, bilinear or box"),
         ):
             if not ok:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {allowed}. Change the transform.")
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Return uint8 ``[3, size, size]``."""
-        picture = self._padded(image) if self.aspect == "pad" else self._cropped(image)
+        shapes = {"pad": self._padded, "square": self._cropped, "stretch": self._stretched}
+        picture = shapes[self.aspect](image)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
     def normalize(self, pixels: torch.Tensor, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
@@ -124,6 +130,9 @@ class ImageTransform:
             picture = Image.new("RGB", canvas, tuple(int(255 * value) for value in self.mean))
             picture.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
             image = picture
+        return self._stretched(image)
+
+    def _stretched(self, image: Image.Image) -> Image.Image:
         return image.resize((self.size, self.size), _RESAMPLE[self.resample])
 
     def _cropped(self, image: Image.Image) -> Image.Image:
