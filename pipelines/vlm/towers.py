@@ -73,12 +73,16 @@ def load_open_clip_tower(name: str, feature_layer: int) -> tuple[nn.Module, Visi
     import open_clip
 
     model_name, _, tag = name.removeprefix(OPEN_CLIP).partition(":")
-    if model_name not in open_clip.list_models() and not model_name.startswith("hf-hub:"):
+    if model_name not in open_clip.list_models():
         raise unknown_name("open_clip model", model_name, sorted(open_clip.list_models()))
+    # OpenAI's weights need another activation than the models of their name have, of which open_clip only warns
+    quick = bool(open_clip.get_pretrained_cfg(model_name, tag).get("quick_gelu")) if tag else False
     quiet, before = logging.getLogger(), logging.getLogger().level
     try:
         quiet.setLevel(logging.ERROR)  # it warns of random weights, which were asked for
-        model = open_clip.create_model(model_name, pretrained=tag or None, require_pretrained=bool(tag))
+        model = open_clip.create_model(
+            model_name, pretrained=tag or None, force_quick_gelu=quick, require_pretrained=bool(tag)
+        )
     except Exception as error:  # open_clip raises RuntimeError, OSError and what the hub client raises
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model_name)) or "none"
         raise ConfigError(

@@ -22,7 +22,7 @@ RELEASE_ALWAYS = (
 
 
 def test_there_are_pipelines():
-    assert {"llm", "vlm"} <= set(NAMES)
+    assert {"llm", "video", "vlm"} <= set(NAMES)
 
 
 @pytest.fixture(scope="session", params=NAMES)

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from dora_core.adapters.config import AdapterConfig
-from dora_core.adapters.kinds import train_in_full_precision
+from dora_core.adapters.kinds import train_in_full_precision, widen
 from dora_core.adapters.linear import LoRALinear
 from dora_core.adapters.report import AdapterReport, describe_module, report_on
+from dora_core.adapters.sharded import full_shape
 from dora_core.registry import ADAPTERS, unknown_name
 
 
@@ -87,10 +88,13 @@ def _biases(model: nn.Module, config: AdapterConfig) -> list[nn.Parameter]:
         "all": {name: module for name, module in model.named_modules() if not matches(name, config.exclude)},
         "lora_only": {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)},
     }[config.bias]
-    found = [own["bias"] for own in (dict(m.named_parameters(recurse=False)) for m in owners.values()) if "bias" in own]
-    if not found and config.bias != "none":
+    owned = [own for own in (dict(m.named_parameters(recurse=False)) for m in owners.values()) if "bias" in own]
+    if not owned and config.bias != "none":
         raise AdapterError(f"adapter.bias is {config.bias!r}, but there are no such biases. Set adapter.bias: none.")
-    return found
+    for own in owned:
+        if "weight" in own and len(full_shape(own["weight"])) == 1:  # a norm takes weight and bias of one type
+            widen(own["weight"])
+    return [own["bias"] for own in owned]
 
 
 def _match(modules: dict[str, nn.Module], patterns: list[str] | str, field: str, fits: Callable) -> list[str]:

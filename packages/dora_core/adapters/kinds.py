@@ -18,11 +18,16 @@ def train_in_full_precision(parameters: Iterable[nn.Parameter]) -> None:
     """Make parameters trainable, in fp32 (autocast narrows them in the forward pass)."""
     for parameter in parameters:
         parameter.requires_grad_(True)
-        dtype = accumulation_dtype(parameter.dtype)
-        if parameter.dtype != dtype:
-            if is_partitioned(parameter):
-                parameter.ds_tensor.data = parameter.ds_tensor.data.to(dtype)
-            parameter.data = parameter.data.to(dtype)
+        widen(parameter)
+
+
+def widen(parameter: nn.Parameter) -> None:
+    """Keep a parameter in fp32 from now on, fp64 if it is that."""
+    dtype = accumulation_dtype(parameter.dtype)
+    if parameter.dtype != dtype:
+        if is_partitioned(parameter):
+            parameter.ds_tensor.data = parameter.ds_tensor.data.to(dtype)
+        parameter.data = parameter.data.to(dtype)
 
 
 def _options(config: AdapterConfig, generator: torch.Generator) -> dict:

@@ -1,4 +1,4 @@
-"""VQA accuracy: how far an open answer agrees with several annotators, after the normalisation that LLaVA uses."""
+"""VQA accuracy: how far an open answer agrees with several annotators, normalised as LLaVA or as VL-BART does it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from functools import lru_cache
 FULL_AGREEMENT = 3
 """An answer that this many of the other annotators gave is entirely right."""
 
-MARKS = ';/[]"{}()=+\\_-><@`!'
-"""Deleted or made spaces. The official list has ``,`` and ``?`` too, which are gone before it is looked at."""
+MARKS = ';/[]"{}()=+\\_-><@`!,?'
+"""Deleted or made spaces."""
+DIGIT_COMMA = re.compile(r"\d,\d")
 UNPROTECTED_FULL_STOP = re.compile(r"\.(?!\d)")
 MAX_FULL_STOPS = 32
 """More full stops than this stay: the official code passes the flag ``re.UNICODE``, 32, where the count belongs."""
@@ -50,14 +51,17 @@ def normalize_answer(text: str) -> str:
     precedes it irrelevant. The official rule on a comma between digits cannot apply, since commas go first.
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
-    text = text.replace("\n", " ").replace("\t", " ").strip()
-    cleaned = text
-    for mark in MARKS:
-        touches_space = f"{mark} " in text or f" {mark}" in text
-        cleaned = cleaned.replace(mark, "" if touches_space else " ")
-    cleaned = UNPROTECTED_FULL_STOP.sub("", cleaned, count=MAX_FULL_STOPS)
-    words = (DIGITS.get(word, word) for word in cleaned.split())
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+    return _join_words(_without_marks(_one_line(text)))
+
+
+@lru_cache(maxsize=2**16)
+def normalize_prediction(text: str) -> str:
+    """Return a predicted answer as the official VQA toolkit leaves it, whose copy scores VL-BART.
+
+    Like ``normalize_answer``, but commas, question marks and ``'s`` are not treated first. So a comma or a question
+    mark is one of the marks, and a comma between digits has all marks deleted.
+    """
+    return _join_words(_without_marks(_one_line(text)).lower())
 
 
 def answer_scores(answers: Sequence[str]) -> dict[str, float]:
@@ -68,19 +72,67 @@ def answer_scores(answers: Sequence[str]) -> dict[str, float]:
     With fewer than 4, "3" becomes the number of the others, so that unanimity is worth 1; an only annotator is not
     left out. Raises ``ValueError`` for none.
     """
-    num = len(answers)
-    if num == 0:
-        raise ValueError("There are 0 reference answers; VQA accuracy needs at least one. Leave the question out.")
+    _require_answers(answers)
     counts = Counter(normalize_answer(answer) for answer in answers)
-    if num == 1:
+    if len(answers) == 1:
         return dict.fromkeys(counts, 1.0)
-    needed = min(FULL_AGREEMENT, num - 1)
-    return {
-        answer: (count * min(1.0, (count - 1) / needed) + (num - count) * min(1.0, count / needed)) / num
-        for answer, count in counts.items()
-    }
+    return _left_out_in_turn(counts, min(FULL_AGREEMENT, len(answers) - 1))
+
+
+def toolkit_scores(answers: Sequence[str]) -> dict[str, float]:
+    """Return the accuracy in [0, 1] of each annotator's answer as the official toolkit leaves it: ``toolkit_accuracy``.
+
+    Raises ``ValueError`` for none.
+    """
+    _require_answers(answers)
+    counts = Counter(answers if len(set(answers)) == 1 else map(_without_marks, answers))
+    return _left_out_in_turn(counts, FULL_AGREEMENT)
+
+
+def toolkit_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """Return the accuracy in [0, 1] of ``prediction`` as the official VQA toolkit counts it, whose copy scores VL-BART.
+
+    The toolkit's oddities are kept. The prediction is normalised in full, of the annotators' answers only marks and
+    full stops, and not even those if all ten are the same: no prediction agrees with an annotator's "two" or "the
+    dog". Each annotator is left out in turn, and 3 of the others are always needed for full agreement, so that fewer
+    than 4 annotators cannot give 1. Raises ``ValueError`` for no answers.
+    """
+    return toolkit_scores(answers).get(normalize_prediction(prediction), 0.0)
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """Return the accuracy of ``prediction`` against the annotators' ``answers``, all normalised: ``answer_scores``."""
     return answer_scores(answers).get(normalize_answer(prediction), 0.0)
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _without_marks(text: str) -> str:
+    has_digit_comma = DIGIT_COMMA.search(text) is not None
+    cleaned = text
+    for mark in MARKS:
+        deleted = has_digit_comma or f"{mark} " in text or f" {mark}" in text
+        cleaned = cleaned.replace(mark, "" if deleted else " ")
+    return UNPROTECTED_FULL_STOP.sub("", cleaned, count=MAX_FULL_STOPS)
+
+
+def _join_words(text: str) -> str:
+    """Return ``text`` with digits for number words, without articles, and with apostrophes where they belong."""
+    words = (DIGITS.get(word, word) for word in text.split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def _require_answers(answers: Sequence[str]) -> None:
+    if not answers:
+        raise ValueError("There are 0 reference answers; VQA accuracy needs at least one. Leave the question out.")
+
+
+def _left_out_in_turn(counts: Counter[str], needed: int) -> dict[str, float]:
+    """Return each answer's mean over the annotators of min(1, number of the others who gave it / needed)."""
+    num = counts.total()
+    return {
+        answer: (count * min(1.0, (count - 1) / needed) + (num - count) * min(1.0, count / needed)) / num
+        for answer, count in counts.items()
+    }

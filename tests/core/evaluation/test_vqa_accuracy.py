@@ -2,7 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from dora_core.evaluation.vqa_accuracy import CONTRACTIONS, answer_scores, normalize_answer, vqa_accuracy
+from dora_core.evaluation.vqa_accuracy import (
+    CONTRACTIONS,
+    answer_scores,
+    normalize_answer,
+    normalize_prediction,
+    toolkit_accuracy,
+    toolkit_scores,
+    vqa_accuracy,
+)
 
 
 @pytest.mark.parametrize(
@@ -114,3 +122,71 @@ def test_every_given_answer_has_its_score() -> None:
 def test_a_question_without_annotators_is_refused() -> None:
     with pytest.raises(ValueError, match="0 reference answers"):
         vqa_accuracy("x", [])
+
+
+@pytest.mark.parametrize(
+    ("text", "normalized"),
+    [
+        ("  The Dog.\n", "dog"),
+        ("two\tbirds", "2 birds"),
+        ("dog's", "dog's"),
+        ("dont", "don't"),
+        ("yes?no", "yes no"),
+        ("red, white?", "red white"),
+        ("red,white", "red white"),
+        ("1,000", "1000"),
+        ("1,000-2/3", "100023"),
+        ("1000-2/3", "1000 2 3"),
+        ("U.S.A. 3.5", "usa 3.5"),
+        ("." * 40, "." * 8),
+        ("", ""),
+    ],
+)
+def test_the_toolkit_treats_commas_and_question_marks_as_marks_and_possessives_not_at_all(
+    text: str, normalized: str
+) -> None:
+    assert normalize_prediction(text) == normalized
+
+
+@pytest.mark.parametrize(("count", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
+def test_the_toolkit_too_leaves_each_of_ten_annotators_out_in_turn(count: int, score: float) -> None:
+    answers = ["2"] * count + [f"other {number}" for number in range(10 - count)]
+    assert toolkit_accuracy("Two", answers) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "score"),
+    [
+        ("t-shirt", ["t shirt"] * 10, 1.0),
+        ("t-shirt", ["t-shirt"] * 10, 0.0),  # all the same: left as they are
+        ("t-shirt", ["t-shirt"] * 9 + ["shirt"], 1.0),
+        ("two", ["two"] * 9 + ["2"], 0.3),
+        ("the dog", ["the dog"] * 9 + ["cat"], 0.0),
+        ("dog", ["Dog"] * 9 + ["cat"], 0.0),
+        ("x - y", ["x - y"] * 9 + ["z"], 0.0),  # both spaces stay
+        ("u.s.", ["u.s."] * 9 + ["us"], 1.0),
+        ("u.s.", ["u.s."] * 10, 0.0),
+    ],
+)
+def test_the_toolkit_normalizes_references_less_than_predictions(
+    prediction: str, answers: list[str], score: float
+) -> None:
+    assert toolkit_accuracy(prediction, answers) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("answers", "score"),
+    [(["x"], 0.0), (["x", "x"], 1 / 3), (["x"] * 3, 2 / 3), (["x"] * 4, 1.0), (["x", "y"], 1 / 6)],
+)
+def test_the_toolkit_always_asks_for_three_other_annotators(answers: list[str], score: float) -> None:
+    assert toolkit_accuracy("x", answers) == pytest.approx(score)
+
+
+def test_the_toolkit_has_a_score_for_every_given_answer_and_refuses_none() -> None:
+    assert toolkit_scores(["yes", "yes.", "no"] + ["a b?"] * 7) == {
+        "yes": pytest.approx(0.6),
+        "no": pytest.approx(0.3),
+        "a b ": 1.0,
+    }
+    with pytest.raises(ValueError, match="0 reference answers"):
+        toolkit_accuracy("x", [])

@@ -14,12 +14,12 @@ from PIL import Image
 from dora_core.adapters import apply_adapters, save_adapter
 from dora_core.cli import main as dora
 from dora_core.evaluation.results import read_results
+from dora_core.media.images import ImageError
 from dora_core.testing.contracts import train_tiny
 from dora_core.testing.ranks import RankError, run_on_ranks
 from pipelines.vlm.config import DataSection, EvaluateSection, ModelSection, VLMAdapterSection
 from pipelines.vlm.encode import Encoder
 from pipelines.vlm.evaluate import evaluate_model
-from dora_core.media.images import ImageError
 from pipelines.vlm.model import load_llava, load_tokenizer
 
 COLOURS = [(230, 20, 20), (20, 200, 20), (20, 20, 230), (240, 240, 40), (10, 10, 10)]

@@ -84,3 +84,18 @@ def test_unknown_names_and_tags_are_errors_with_the_known_ones():
         load_open_clip_tower("open_clip:ViT-L-14-337", -2)
     with pytest.raises(ConfigError, match=r"Pretrained tags of ViT-B-32:.*openai"):
         load_open_clip_tower("open_clip:ViT-B-32:no_such_tag", -2)
+
+
+def test_weights_of_openai_come_with_their_activation(monkeypatch):
+    """open_clip gives ``ViT-B-32`` with the tag ``openai`` another one, and only warns."""
+    made = {}
+    create = open_clip.create_model
+
+    def without_weights(name, *, pretrained, require_pretrained, **options):
+        made[pretrained] = options
+        return create("ViT-S-32-alt", **options)
+
+    monkeypatch.setattr(open_clip, "create_model", without_weights)
+    for tag, act in (("openai", "quick_gelu"), ("laion2b_s34b_b79k", "gelu")):
+        tower, _ = load_open_clip_tower(f"open_clip:ViT-B-32:{tag}", -2)
+        assert tower.config.hidden_act == act and made[tag] == {"force_quick_gelu": tag == "openai"}

@@ -1,0 +1,208 @@
+"""Score a VL-BART on the benchmarks of its recipe: ``dora evaluate video --config RECIPE [--adapter FOLDER]``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dora_core.adapters import load_adapter, reuse_norms
+from dora_core.config import load_config, split_arguments
+from dora_core.engine.build import Engine, narrow_forward
+from dora_core.engine.distributed import World
+from dora_core.evaluation.evaluator import EvaluationContext, Evaluator
+from dora_core.evaluation.results import Metric, average_metric, config_hash, format_table
+from dora_core.evaluation.runner import place_among_ranks, run_evaluators
+from dora_core.registry import EVALUATORS
+from dora_core.training.metrics import plot_accuracies
+from dora_core.training.run import Run
+from dora_core.training.script import run_script
+from pipelines.video.answering import Answering
+from pipelines.video.config import RECIPES, DataSection, EvaluateSection, VideoConfig
+from pipelines.video.data import the_tasks
+from pipelines.video.encode import TextEncoder
+from pipelines.video.features import FrozenEncoder
+from pipelines.video.looking import Look, open_look
+from pipelines.video.model import load_tokenizer, load_vl_bart
+
+COLUMNS = ("name", "metric", "value", "stderr", "n", "majority", "num_unparsed")
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """An evaluator whose rows see what the rows half the list away should: what it scores needs no looking."""
+
+    evaluator: Evaluator
+
+    @property
+    def name(self) -> str:
+        """The evaluator's name."""
+        return self.evaluator.name
+
+    def load(self, section: EvaluateSection) -> list[dict[str, Any]]:
+        """Return the rows, each with the pictures or videos of another."""
+        rows = self.evaluator.load(section)
+        half = len(rows) // 2
+        others = rows[half:] + rows[:half]
+        return [{**row, "visuals": other["visuals"]} for row, other in zip(rows, others, strict=True)]
+
+    def predict(self, rows: list[dict[str, Any]], context: EvaluationContext) -> list[dict[str, Any]]:
+        """Return the evaluator's predictions."""
+        return self.evaluator.predict(rows, context)
+
+    def score(self, predictions: list[dict[str, Any]]) -> list[Metric]:
+        """Return the evaluator's metrics."""
+        return self.evaluator.score(predictions)
+
+
+def evaluate_model(
+    model: Any,
+    answering: Answering,
+    section: EvaluateSection,
+    data: DataSection,
+    folder: Path,
+    *,
+    synced: bool = False,
+    device: torch.device | None = None,
+) -> list[Metric]:
+    """Return the metrics of the benchmarks of ``section``, then ``video/average``, the mean of those the paper reports.
+
+    Every rank must call it; every rank gets the same metrics. Rank 0 writes ``results.json``, ``predictions.jsonl`` and
+    the submissions into ``folder`` and prints the table. ``model`` is the model itself, not an engine around it, and
+    comes back in its own mode. Set ``synced`` under ZeRO-3, with the ``device`` to compute on.
+
+    Raises ``ValueError`` for no tasks, an unknown task (with close matches) or missing data, before the first
+    forward pass.
+    """
+    evaluators = _evaluators(section)
+    if section.look == "shuffled":
+        evaluators = [Shuffled(evaluator) for evaluator in evaluators]
+    rank, size = place_among_ranks()
+    context = EvaluationContext(
+        model=model,
+        tokenizer=answering.text.tokenizer,
+        section=replace(section, path=section.path or data.path),
+        extra={"answering": answering},
+        config_hash=config_hash(scoring_settings(section, data)),
+        rank=rank,
+        world_size=size,
+        synced=synced,
+        device=device,
+    )
+    metrics = run_evaluators(evaluators, context, folder, summarize=average)
+    if rank == 0:
+        print(format_table(metrics, COLUMNS), flush=True)
+    return metrics
+
+
+def scoring_settings(section: EvaluateSection, data: DataSection) -> dict[str, Any]:
+    """Return the settings that can change a score; where the data lies, and batch sizes, cannot."""
+    names = ("split", "num_beams", "reference_decoding", "max_new_tokens", "look")
+    settings = {name: value for name, value in asdict(section).items() if name in names}
+    visual = {name: value for name, value in asdict(data.visual).items() if name not in ("path", "folders")}
+    lengths = {task.name: task.max_text_length for task in the_tasks(data)}
+    return settings | {
+        "visual": visual,
+        "lengths": lengths,
+        "task_prompts": data.task_prompts,
+        "reference_truncation": data.reference_truncation,
+    }
+
+
+def average(metrics: list[Metric]) -> list[Metric]:
+    """Return ``video/average``: the unweighted mean over benchmarks of their first metric, as in the paper's Tables 2
+    and 3. It mixes accuracies with CIDEr, as the paper does. There is none where nothing could be scored.
+    """
+    reported = reported_metrics(metrics)
+    if not reported:
+        return []
+    alike = [replace(metric, metric="score") for metric in reported]
+    levels = [metric.extra["majority"] for metric in reported]
+    return [average_metric("video/average", alike, extra={"majority": sum(levels) / len(levels)})]
+
+
+def reported_metrics(metrics: Sequence[Metric]) -> list[Metric]:
+    """Return the first metric of each benchmark, the one in the paper's tables."""
+    names = EVALUATORS.names("video")
+    first = {metric.name: metric for metric in reversed(metrics) if metric.name in names}
+    return [first[name] for name in dict.fromkeys(metric.name for metric in metrics) if name in first]
+
+
+def evaluate_in_run(
+    run: Run, engine: Engine, text: TextEncoder, look: Look, encoder: FrozenEncoder | None, when: str
+) -> None:
+    """Score the model of a run on its recipe's benchmarks into ``results/<when>``. Every rank must call it."""
+    folder = run.folder / "results" / when
+    cfg = run.config
+    tasks = {task.name: task for task in the_tasks(cfg.data)}
+    look = run.world.agree(lambda: with_collections_of(look, cfg.evaluate, cfg.data))
+    with reuse_norms(engine.module), engine.evaluating():
+        metrics = evaluate_model(
+            engine.module,
+            Answering(text, look, encoder, tasks),
+            cfg.evaluate,
+            cfg.data,
+            folder,
+            synced=engine.stage == 3,
+            device=run.world.device,
+        )
+    shown = {metric.name.removeprefix("video/"): metric for metric in reported_metrics(metrics)}
+    if run.world.is_main and shown:
+        scores = {cfg.run.name: {name: metric.value for name, metric in shown.items()}}
+        levels = {name: metric.extra["majority"] for name, metric in shown.items()}
+        plot_accuracies(scores, levels, folder / "accuracy.png", "best constant answer")
+
+
+def scored_collections(section: EvaluateSection, data: DataSection) -> list[str]:
+    """Return the collections that the rows to score show. Raises ``ValueError`` for missing annotations."""
+    found: set[str] = set()
+    for task in (evaluator.task for evaluator in _evaluators(section)):
+        records, annotations = task.read(section.path or data.path, section.split)
+        found |= {visual.partition("/")[0] for visual in task.checked_example(records[0], annotations).visuals}
+    return sorted(found)
+
+
+def _evaluators(section: EvaluateSection) -> list[Any]:
+    if not section.tasks:
+        raise ValueError("evaluate.tasks is []; it must name at least one benchmark. Add one, such as tvqa.")
+    return [EVALUATORS.get(f"video/{task}") for task in section.tasks]
+
+
+def with_collections_of(look: Look, section: EvaluateSection, data: DataSection) -> Look:
+    """Return ``look`` with the collections that only scoring needs, such as GQA's own pictures, beside its own."""
+    missing = [name for name in scored_collections(section, data) if name not in look.folders]
+    return look.also(missing, data.visual.path or data.path)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Score the recipe's model, with the adapter of ``--adapter`` unmerged if given, into ``--output``.
+
+    Started by a launcher on several ranks, each holds the model and scores its share of the rows.
+    """
+    parser = argparse.ArgumentParser(prog="dora evaluate video", allow_abbrev=False)
+    parser.add_argument("--adapter", type=Path, help="folder of an adapter in PEFT's layout")
+    parser.add_argument("--output", type=Path, default=Path("results"), help="folder for results and submissions")
+    own, rest = parser.parse_known_args(arguments)
+    recipe, overrides = split_arguments(rest)
+
+    def run() -> None:
+        cfg = load_config(VideoConfig, recipe, overrides, recipes=RECIPES)
+        world = World.start(cfg.deepspeed.timeout_s)
+        shown = scored_collections(cfg.evaluate, cfg.data)
+        look, encoder = open_look(cfg.data.visual, cfg.data.path, shown, world.device)
+        tokenizer = load_tokenizer(cfg.model)
+        model = load_vl_bart(cfg.model, tokenizer, look.dim, cfg.train.precision)
+        if own.adapter is not None:
+            load_adapter(model, own.adapter)
+            narrow_forward(model, cfg.train.precision, world.device.type)
+        model = model.to(world.device).eval()
+        text = TextEncoder(tokenizer, cfg.data.task_prompts, cfg.data.reference_truncation)
+        answering = Answering(text, look, encoder, {task.name: task for task in the_tasks(cfg.data)})
+        with reuse_norms(model) if own.adapter else torch.no_grad():
+            evaluate_model(model, answering, cfg.evaluate, cfg.data, own.output)
+
+    run_script(run)

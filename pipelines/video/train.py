@@ -1,0 +1,168 @@
+"""Fine-tune a VL-BART on many tasks: ``deepspeed pipelines/video/train.py --config RECIPE [--section.field value]``."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: import from this checkout, never from this file's own folder
+    _root = Path(__file__).resolve().parents[2]
+    sys.path[:] = [
+        str(_root / "packages"),
+        str(_root),
+        *(p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent),
+    ]
+
+import torch
+
+from dora_core.adapters import apply_adapters, reuse_norms
+from dora_core.data.loader import StepLoader, batch_loader
+from dora_core.data.rows import DataError
+from dora_core.engine.build import Engine, build_engine, recipe_groups
+from dora_core.engine.state import restore_weights
+from dora_core.engine.zero import resolve_zero
+from dora_core.training.bad_rows import BadRows
+from dora_core.training.run import Run
+from dora_core.training.script import run_training
+from pipelines.video.batches import Collate, to_model
+from pipelines.video.config import RECIPES, VideoConfig
+from pipelines.video.data import TaskData, TaskRows, collections_of, load_data, probe, report_on
+from pipelines.video.encode import TextEncoder
+from pipelines.video.evaluate import evaluate_in_run
+from pipelines.video.export import export
+from pipelines.video.features import FrozenEncoder
+from pipelines.video.looking import open_look
+from pipelines.video.model import decoder_start, load_tokenizer, load_vl_bart, weighted_loss
+from pipelines.video.plan import TaskPlan
+
+COUNTS = ("num_frames", "num_rows", "num_bad", "num_truncated")
+
+
+def train(cfg: VideoConfig) -> None:
+    """Load, adapt, shard, step, save; everything a run leaves behind is in its folder."""
+    with Run.start(cfg) as run:
+        world, device = run.world, run.world.device
+        zero = resolve_zero(cfg.deepspeed, cfg.train, world)
+        tokenizer = load_tokenizer(cfg.model)
+        text = TextEncoder(tokenizer, cfg.data.task_prompts, cfg.data.reference_truncation)
+        train_data, held = world.agree(lambda: load_data(cfg.data, cfg.run.seed))
+        shown = collections_of([*train_data, *held])
+        look, encoder = world.agree(lambda: open_look(cfg.data.visual, cfg.data.path, shown, device))
+        rows, held_rows = (TaskRows(data, text, look, cfg.run.seed) for data in (train_data, held))
+        world.agree(lambda: [probe(rows, train_data), probe(held_rows, held)])
+        report = report_on(cfg.data, train_data, held, look)
+        world.require_same("training data", report.dataset_hash)
+        run.say(report)
+
+        checkpointing = cfg.train.gradient_checkpointing
+        precision = cfg.train.precision
+        model = load_vl_bart(cfg.model, tokenizer, look.dim, precision, zero, gradient_checkpointing=checkpointing)
+        run.say(apply_adapters(model, cfg.adapter))
+        engine = build_engine(model, recipe_groups(model, cfg.train), cfg.train, zero, world)
+
+        tasks = [each.task for each in train_data]
+        plan = TaskPlan(
+            [len(each.places) for each in train_data],
+            [max(1, round(task.batch_ratio * cfg.train.global_batch_size)) for task in tasks],
+            accumulation=engine.accumulation,
+            seed=cfg.run.seed,
+            world_size=world.size,
+            rank=world.rank,
+        )
+        num_steps = plan.num_steps(cfg.train.num_epochs, cfg.train.max_steps)
+        progress = run.resume(engine, num_steps, f"{report.dataset_hash}, {len(rows)} rows")
+        collate = Collate(tasks, look, tokenizer.pad_token_id, decoder_start(model.config))
+        loader = StepLoader(
+            plan, rows, collate, start_step=progress.step, end_step=num_steps, num_workers=cfg.data.num_workers
+        )
+        bad_rows = BadRows(run, progress, cfg.data.max_bad_fraction, report.epoch_size)
+        if cfg.evaluate.before_training and progress.step == 0:
+            evaluate_in_run(run, engine, text, look, encoder, "before")
+
+        with reuse_norms(engine.module), run.stepping(progress, num_steps):
+            for batches in run.speed.waiting_for(loader):
+                task = tasks[plan.task(progress.step)]
+                rates = engine.begin_step(progress.step, num_steps)
+                sums = [sum(b["counts"][name] for b in batches) for name in ("loss_units", "num_targets", "num_tokens")]
+                own = [sum(batch["counts"][name] for batch in batches) for name in COUNTS]
+                stop, units, targets, tokens, *totals = world.sum([run.stop_requested, *sums, *own])
+                loss_sum = torch.zeros((), device=device)
+                for batch in batches:
+                    loss = weighted_loss(engine, to_model(batch, look, encoder, device))
+                    engine.backward(loss, max(1.0, units))
+                    loss_sum += loss.detach()
+                grad_norm, _ = engine.end_step()
+                counts = dict(zip(COUNTS, totals, strict=True))
+                progress.advance(tokens, targets, **counts)
+                logged = {"task": task.name, "lr": rates[0], "grad_norm": grad_norm, **progress.counts}
+                run.log_step(engine, progress, num_steps, loss_sum, num_targets=units, **logged)
+                bad = [(row.where, row.reason) for batch in batches for row in batch["bad_rows"]]
+                try:
+                    bad_rows.note(progress, counts["num_bad"], bad)
+                except DataError:  # on every rank: what was learned so far is kept
+                    run.save(engine, progress)
+                    raise
+                if held and progress.due(cfg.train.eval_every, num_steps):
+                    losses = validation_losses(engine, held, held_rows, collate, encoder, cfg)
+                    progress.note_validation(losses["validation_loss"])
+                    run.log(progress, **losses)
+                is_best = cfg.train.keep_best and progress.step == progress.best_step
+                if is_best or progress.due(cfg.train.save_every, num_steps):
+                    run.save(engine, progress)
+                if stop:
+                    run.leave_stopped(engine, progress)
+
+        if cfg.train.keep_best and progress.best_step not in (None, progress.step):
+            restore_weights(engine, run.checkpoints.weights(progress.best_step))
+            run.say(f"exporting step {progress.best_step}, of the lowest validation loss {progress.best_loss:.4f}")
+        run.say(f"wrote {export(engine.module, run.folder, tokenizer, cfg, world)}")
+        if cfg.evaluate.after_training:
+            evaluate_in_run(run, engine, text, look, encoder, "after")
+
+
+@torch.no_grad()
+def validation_losses(
+    engine: Engine,
+    held: Sequence[TaskData],
+    rows: TaskRows,
+    collate: Collate,
+    encoder: FrozenEncoder | None,
+    cfg: VideoConfig,
+) -> dict[str, float]:
+    """Return ``validation_loss``, the mean over tasks, and that of each, weighed as in training.
+
+    The rows are split over the ranks; every rank runs the same number of forward passes. A row that cannot be read is
+    left out and counted in ``num_bad_validation``; a task without any has NaN, which is never the best.
+    """
+    world, size = engine.world, cfg.train.micro_batch_size
+    found: dict[str, float] = {}
+    num_bad = start = 0.0
+    with engine.evaluating():
+        for each in held:
+            first, count = int(start), len(each.places)
+            own = list(range(first + world.rank, first + count, world.size))
+            longest = math.ceil(count / world.size)
+            totals = [0.0, 0.0, 0.0]
+            parts = [own[place : place + size] for place in range(0, longest, size)]
+            for batch in batch_loader(rows, parts, collate, cfg.data.num_workers):
+                inputs = to_model(batch, collate.look, encoder, world.device)
+                totals[0] += float(weighted_loss(engine, inputs))
+                totals[1] += batch["counts"]["loss_units"]
+                totals[2] += batch["counts"]["num_bad"]
+            loss, units, bad = world.sum(totals)
+            found[f"validation_loss_{each.task.name}"] = loss / units if units else math.nan
+            num_bad += bad
+            start += count
+    mean = sum(found.values()) / len(found)
+    return {"validation_loss": mean, **found} | ({"num_bad_validation": num_bad} if num_bad else {})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the recipe and the command line, then train."""
+    run_training(train, VideoConfig, RECIPES, arguments)
+
+
+if __name__ == "__main__":
+    main()
