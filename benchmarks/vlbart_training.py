@@ -5,7 +5,7 @@
 Runs ``deepspeed pipelines/video/train.py`` with the recipes ``vlbart_<video|image>_<kind>_r128`` once per setting, on
 all GPUs: batches of 40 rows of the four video tasks (64 frames of 512 numbers, 400 to 600 text tokens), or of 300, 500,
 100 and 250 rows of the four image tasks (36 vectors of 2048 numbers). Cached features are fp16 in WebDataset shards.
-Online, data workers read H.264 clips of 96 s at 640 x 360 and 30 fps, 64 frames each, or JPEGs of 640 x 480; the step
+Online, data workers read H.264 clips of 96 s at 30 fps, 64 frames each, or JPEGs of 640 x 480; the step
 encodes them with a random ViT-B/32 or RN101 at 224 px. Writes ``results.json`` and ``results.md``. Speed is over the
 steps after ``--warmup``; a step is one batch of one task. ``--shape tiny`` tries the script itself on a CPU.
 """
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--settings", default=SETTINGS)
     parser.add_argument("--rows", type=int, default=2000, help="annotations per task")
     parser.add_argument("--media", type=int, default=12, help="different videos, and 20 times as many pictures")
+    parser.add_argument("--video-size", default="640x360", help="of the videos that are read online")
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--overrides", nargs="*", default=[], help="further overrides of the recipe, as key=value")
     own = parser.parse_args()
@@ -62,7 +63,7 @@ def main() -> None:
     if not (data / "model" / "config.json").is_file():
         write_annotations(data, own.rows)
         write_features(data, own.rows)
-        write_media(data, own.media, own.rows, own.shape)
+        write_media(data, own.media, own.rows, own.video_size, seconds=96 if own.shape == "base" else 3)
         write_model(data / "model", own.shape)
     results = []
     for setting in own.settings.split(","):
@@ -185,9 +186,9 @@ def write_features(root: Path, num: int) -> None:
             (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
-def write_media(root: Path, num_media: int, num: int, shape: str) -> None:
+def write_media(root: Path, num_media: int, num: int, video_size: str, seconds: int) -> None:
     """Write a few videos and pictures under the names of all annotations, as links to the same files."""
-    seconds, size = (96, (640, 360)) if shape == "base" else (3, (64, 48))
+    size = tuple(map(int, video_size.split("x")))
     videos, pictures = root / "media" / "videos", root / "media" / "pictures"
     noise = np.random.default_rng(0)
     for folder in (videos, pictures):

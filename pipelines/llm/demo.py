@@ -18,10 +18,10 @@ from pipelines.llm.merge import merge
 from pipelines.llm.prepare import prepare
 
 FINE_TUNING = [
-    *("--train.max_steps", "420", "--train.schedule", "cosine", "--train.warmup_steps", "20"),
+    *("--train.max_steps", "480", "--train.schedule", "cosine", "--train.warmup_steps", "20"),
     *("--train.betas", "[0.9, 0.98]"),
     *("--train.global_batch_size", "32", "--train.micro_batch_size", "16"),
-    *("--train.eval_every", "100", "--train.save_every", "420"),
+    *("--train.eval_every", "100", "--train.save_every", "480"),
 ]
 METHODS = {
     "full": ("full fine-tuning", ["--adapter.kind", "full", "--adapter.targets", ".*", "--train.lr", "5e-4"]),
