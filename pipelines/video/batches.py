@@ -73,7 +73,7 @@ def to_model(batch: Batch, look: Look, encoder: FrozenEncoder | None, device: to
     inputs = {name: value.to(device, non_blocking=True) for name, value in batch.items() if torch.is_tensor(value)}
     inputs["num_pictures"] = int(batch["num_pictures"])
     if encoder is not None:
-        num_rows = len(batch["input_ids"]) if "input_ids" in batch else len(batch["num_frames"])
+        num_rows = len(batch["num_frames"]) // inputs["num_pictures"]
         frames = inputs.pop("frames")
         inputs |= look.encoded(encoder, frames, batch["num_frames"], num_rows)
         del inputs["num_frames"]

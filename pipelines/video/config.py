@@ -11,8 +11,6 @@ from dora_core.config import DeepSpeedSection, LogSection, RunSection, TrainSect
 
 RECIPES = Path(__file__).parent / "recipes"
 
-IMAGE_TASKS = ("vqa", "gqa", "nlvr2", "caption")
-"""In the order of the paper's Table 2."""
 VIDEO_TASKS = ("tvqa", "how2qa", "tvc", "yc2c")
 """In the order of the paper's Table 3."""
 
@@ -135,8 +133,8 @@ class EvaluateSection:
     max_new_tokens: int | None = None
     """The task's own (20; 40 for coco_caption) if not given."""
     look: Literal["own", "shuffled", "one_frame"] = "own"
-    """shuffled: each row sees another row's picture or video; one_frame: the middle frame in place of all. What is
-    left of a score then needs no looking, or no time."""
+    """shuffled: each row sees another row's picture or video; one_frame: the middle frame of a video (of a picture's
+    cached grid the middle cell) in place of all. What is left of a score then needs no looking, or no time."""
     num_workers: int = 4
     """Threads that read features or media ahead."""
     limit: int | None = None

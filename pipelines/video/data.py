@@ -111,7 +111,7 @@ class DataReport:
     num_validation: int
     epoch_size: int
     dataset_hash: str
-    """Over annotations, features and all settings that shape rows; media are not read."""
+    """Over annotations, features and all settings that shape rows; media are not read, nor is the tokenizer."""
 
 
 def the_tasks(section: DataSection) -> list[Task]:
@@ -134,9 +134,11 @@ def read_task(task: Task, root: str, split: Split) -> TaskData:
     """Return a task's rows. Raises ``DataError`` for missing files, ``RecordError`` for an annotation of wrong form."""
     records, annotations = task.read(root, split)
     places: list[tuple[int, int]] = []
-    num_without = 0
+    num_without = num_spoken = 0
     for number, record in enumerate(records):
-        weights = [weight for _, weight in task.checked_example(record, annotations).targets]
+        example = task.checked_example(record, annotations)
+        weights = [weight for _, weight in example.targets]
+        num_spoken += bool(example.cuttable)
         num_without += not sum(weights)
         if sum(weights):
             places += [(number, -1)] if task.draws_target else [(number, place) for place in range(len(weights))]
@@ -144,6 +146,11 @@ def read_task(task: Task, root: str, split: Split) -> TaskData:
         raise DataError(
             f"The task {task.name} has no {split} annotation with an answer; at least one is needed. Check "
             f"{', '.join(task.files[split])} in {root}."
+        )
+    if task.subtitles and not num_spoken:
+        raise DataError(
+            f"No video of the task {task.name} has subtitles in {task.subtitles}; some must. Its vid_name must be "
+            f"those of {', '.join(task.files[split])}."
         )
     return TaskData(task, RowStore(records), annotations, np.array(places), num_without)
 

@@ -139,7 +139,7 @@ def evaluate_in_run(
     folder = run.folder / "results" / when
     cfg = run.config
     tasks = {task.name: task for task in the_tasks(cfg.data)}
-    look = run.world.agree(lambda: with_collections_of(look, cfg.evaluate, cfg.data))
+    look = run.world.agree(lambda: with_scored_collections(look, cfg.evaluate, cfg.data))
     with reuse_norms(engine.module), engine.evaluating():
         metrics = evaluate_model(
             engine.module,
@@ -162,7 +162,8 @@ def scored_collections(section: EvaluateSection, data: DataSection) -> list[str]
     found: set[str] = set()
     for task in (evaluator.task for evaluator in _evaluators(section)):
         records, annotations = task.read(section.path or data.path, section.split)
-        found |= {visual.partition("/")[0] for visual in task.checked_example(records[0], annotations).visuals}
+        for record in records[:1]:  # none at all is for the evaluator to complain of
+            found |= {visual.partition("/")[0] for visual in task.checked_example(record, annotations).visuals}
     return sorted(found)
 
 
@@ -172,8 +173,11 @@ def _evaluators(section: EvaluateSection) -> list[Any]:
     return [EVALUATORS.get(f"video/{task}") for task in section.tasks]
 
 
-def with_collections_of(look: Look, section: EvaluateSection, data: DataSection) -> Look:
-    """Return ``look`` with the collections that only scoring needs, such as GQA's own pictures, beside its own."""
+def with_scored_collections(look: Look, section: EvaluateSection, data: DataSection) -> Look:
+    """Return ``look`` with the collections that only scoring needs, such as GQA's own pictures, beside its own.
+
+    Raises ``ValueError`` for annotations, features and media that are missing.
+    """
     missing = [name for name in scored_collections(section, data) if name not in look.folders]
     return look.also(missing, data.visual.path or data.path)
 
@@ -192,8 +196,8 @@ def main(arguments: Sequence[str]) -> None:
     def run() -> None:
         cfg = load_config(VideoConfig, recipe, overrides, recipes=RECIPES)
         world = World.start(cfg.deepspeed.timeout_s)
-        shown = scored_collections(cfg.evaluate, cfg.data)
-        look, encoder = open_look(cfg.data.visual, cfg.data.path, shown, world.device)
+        shown = world.agree(lambda: scored_collections(cfg.evaluate, cfg.data))
+        look, encoder = world.agree(lambda: open_look(cfg.data.visual, cfg.data.path, shown, world.device))
         tokenizer = load_tokenizer(cfg.model)
         model = load_vl_bart(cfg.model, tokenizer, look.dim, cfg.train.precision)
         if own.adapter is not None:

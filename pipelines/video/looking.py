@@ -66,6 +66,7 @@ class Look:
         if self.is_online:
             return replace(self, folders=folders)
         features = {**self.features, **{name: open_features(folders[name]) for name in collections}}
+        _require_one_encoder(features)
         return replace(self, folders=folders, features=features, dim=_one_size(features))
 
     def stack(self, seen: Sequence[Sequence[Seen]]) -> dict[str, Tensor]:
@@ -142,6 +143,18 @@ def open_look(
 def _folders(section: VisualSection, root: str, collections: Sequence[str]) -> dict[str, Path]:
     find = find_media if section.mode == "online" else find_collection
     return {name: Path(section.folders[name]) if name in section.folders else find(root, name) for name in collections}
+
+
+def _require_one_encoder(features: dict[str, Features]) -> None:
+    known = {name: each.encoder for name, each in features.items() if each.encoder is not None}
+    for name, encoder in known.items():
+        first, other = next(iter(known.items()))
+        if encoder != other:
+            differing = ", ".join(key for key in encoder if encoder[key] != other.get(key))
+            raise ConfigError(
+                f"The features of {first} and of {name} were made by different encoders (they differ in {differing}); "
+                "a model sees those of one. Extract both with the same command."
+            )
 
 
 def _one_size(features: dict[str, Features]) -> int:

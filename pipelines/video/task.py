@@ -80,9 +80,25 @@ class Task:
 
     def read(self, root: str | Path, split: Split) -> tuple[list[Record], Annotations]:
         """Return the annotations of a split, unchanged, and what ``example`` is to be told; raises ``DataError``."""
+        from dora_core.data.rows import DataError
+
+        try:
+            return self._read(Path(root), split)
+        except DataError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise DataError(
+                f"The task {self.name} cannot read the annotations in {root} ({type(error).__name__}: {error}); they "
+                f"must have the form that their publisher gave them. Download {self.all_files(split)} again."
+            ) from error
+
+    def all_files(self, split: Split) -> str:
+        """Return the names of the files of a split, in words."""
+        return " and ".join(filter(None, (*self.files[split], self.subtitles)))
+
+    def _read(self, root: Path, split: Split) -> tuple[list[Record], Annotations]:
         from dora_core.data.rows import DataError, read_rows
 
-        root = Path(root)
         records: list[Record] = []
         for name in self.files[split]:
             if not (root / name).is_file():
@@ -97,7 +113,7 @@ class Task:
     def checked_example(self, record: Record, annotations: Annotations) -> Example:
         """Return the example of an annotation; raises ``RecordError``, which says which one and what is wrong."""
         try:
-            return self.example(record, annotations)
+            example = self.example(record, annotations)
         except RecordError:
             raise
         except (KeyError, TypeError, AttributeError) as error:
@@ -107,6 +123,16 @@ class Task:
                 f"The {self.name} annotation {which} {what}; it has {', '.join(map(str, record))}. Correct it in "
                 f"{' or '.join(self.files[annotations.split])}."
             ) from None
+        if not isinstance(example.cuttable, str) or not all(
+            isinstance(text, str) and isinstance(weight, int | float) and 0 <= weight < float("inf")
+            for text, weight in example.targets
+        ):
+            raise RecordError(
+                f"The {self.name} annotation {example.id} asks {example.cuttable!r} and has the answers "
+                f"{example.targets!r}; a question must be a text, an answer a text with a number of 0 or more. Correct "
+                f"it in {self.all_files(annotations.split)}."
+            )
+        return example
 
 
 TASKS: dict[str, Task] = {}

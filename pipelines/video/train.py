@@ -30,7 +30,7 @@ from pipelines.video.batches import Collate, to_model
 from pipelines.video.config import RECIPES, VideoConfig
 from pipelines.video.data import TaskData, TaskRows, collections_of, load_data, probe, report_on
 from pipelines.video.encode import TextEncoder
-from pipelines.video.evaluate import evaluate_in_run
+from pipelines.video.evaluate import evaluate_in_run, with_scored_collections
 from pipelines.video.export import export
 from pipelines.video.features import FrozenEncoder
 from pipelines.video.looking import open_look
@@ -52,7 +52,9 @@ def train(cfg: VideoConfig) -> None:
         look, encoder = world.agree(lambda: open_look(cfg.data.visual, cfg.data.path, shown, device))
         rows, held_rows = (TaskRows(data, text, look, cfg.run.seed) for data in (train_data, held))
         world.agree(lambda: [probe(rows, train_data), probe(held_rows, held)])
-        report = report_on(cfg.data, train_data, held, look)
+        report = world.agree(lambda: report_on(cfg.data, train_data, held, look))
+        if cfg.evaluate.before_training or cfg.evaluate.after_training:  # what is missing should not wait for the end
+            world.agree(lambda: with_scored_collections(look, cfg.evaluate, cfg.data))
         world.require_same("training data", report.dataset_hash)
         run.say(report)
 

@@ -163,7 +163,7 @@ def _is_trained_as_it_is(module: nn.Module) -> bool:
         return False
     own = dict(module.named_parameters(recurse=False))
     trained = {name for name, parameter in own.items() if parameter.requires_grad}
-    return bool(trained) and (trained != {"bias"} or set(own) == {"bias"})
+    return bool(trained) and trained != {"bias"}
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dora_core.adapters.config import AdapterConfig
-from dora_core.adapters.inject import AdapterError, value_for
+from dora_core.adapters.inject import AdapterError, matches, value_for
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -75,6 +75,9 @@ def read_adapter(folder: Path) -> StoredAdapter:
     trains_biases = raw.get("bias") or "none"
     extras, biases = _part_biases(others, set(modules)) if trains_biases != "none" else (others, {})
     _refuse_strangers(extras, modules, folder)
+    exclude = raw.get("exclude_modules") or []
+    if any(matches(name, exclude) for name in biases):  # PEFT trains the biases of excluded modules too
+        exclude = []
     is_reference = raw["peft_type"] == "DORA"
     is_dora = is_reference or bool(raw.get("use_dora"))
     _check_magnitudes(is_dora, modules, folder)
@@ -101,6 +104,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
             magnitude_targets=sorted(magnitude_only),
             trainable=sorted({name.rpartition(".")[0] for name in extras}),
             bias=trains_biases,
+            exclude=exclude,
             rank_pattern={key: int(rank) for key, rank in _used_patterns(raw, "rank_pattern", factored)},
             alpha_pattern={key: float(alpha) for key, alpha in _used_patterns(raw, "alpha_pattern", factored)},
         )
@@ -189,7 +193,7 @@ def _part_biases(tensors: dict[str, Tensor], adapted: set[str]) -> tuple[dict[st
             biases[name.removesuffix(BASE_BIAS)] = tensor
         elif last == "bias" and f"{module}.weight" not in tensors:
             biases[module] = tensor
-        elif not last.endswith("_bias"):
+        elif not last.endswith("_bias") or any(other.startswith(f"{module}.") for other in tensors if other != name):
             extras[name] = tensor
     return extras, biases
 

@@ -201,7 +201,8 @@ def _end_ids(model: Any, tokenizer: Any) -> list[int]:
 
 def _decoder_start(model: Any) -> int | None:
     """Return what a decoder's texts start with, which is no part of them, even if it is the end token, as BART's."""
-    return getattr(model.config, "decoder_start_token_id", None) or model.generation_config.decoder_start_token_id
+    listed = (getattr(each, "decoder_start_token_id", None) for each in (model.config, model.generation_config))
+    return next((start for start in listed if start is not None), model.config.eos_token_id)
 
 
 def _until_end(ids: list[int], end_ids: list[int]) -> list[int]:

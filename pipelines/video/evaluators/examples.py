@@ -77,18 +77,18 @@ class ExampleEvaluator(ABC):
         Raises ``DataError`` or ``RecordError``, both a ``ValueError``, for missing and for malformed files.
         """
         root = Path(section.path)
-        records, annotations = self._read(root, section.split)
+        records, annotations = self.task.read(root, section.split)
         rows = [self._row(record, annotations) for record in records[: section.limit]]
         if not rows:
             raise problem(
                 f"{self.name} has 0 annotations of the split {section.split} in {root}; at least one is needed. Check "
-                f"{self._files(section.split)} and evaluate.limit."
+                f"{self.task.all_files(section.split)} and evaluate.limit."
             )
         [(commonest, count)] = Counter(str(row["id"]) for row in rows).most_common(1)
         if count > 1:
             raise problem(
                 f"{self.name} has {count} annotations with the id {commonest}; each id must occur once. Remove the "
-                f"others from {self._files(section.split)}."
+                f"others from {self.task.all_files(section.split)}."
             )
         return self.complete(rows, root)
 
@@ -122,39 +122,15 @@ class ExampleEvaluator(ABC):
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, lines)
 
-    def _read(self, root: Path, split: Split) -> tuple[list[Record], Annotations]:
-        from dora_core.data.rows import DataError
-
-        try:
-            return self.task.read(root, split)
-        except DataError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise problem(
-                f"{self.name} cannot read the annotations in {root} ({type(error).__name__}: {error}); they must have "
-                f"the form that their publisher gave them. Download {self._files(split)} again."
-            ) from error
-
     def _row(self, record: Record, annotations: Annotations) -> Row:
         example = self.task.checked_example(record, annotations)
-        if not isinstance(example.cuttable, str) or not all(
-            isinstance(text, str) and isinstance(weight, int | float) for text, weight in example.targets
-        ):
-            raise RecordError(
-                f"The {self.task_name} annotation {example.id} asks {example.cuttable!r} and has the answers "
-                f"{example.targets!r}; a question must be a text, an answer a text with a number. Correct it in "
-                f"{self._files(annotations.split)}."
-            )
         try:
             return {**example.to_json(), **self.fields(record)}
         except KeyError as error:
             raise RecordError(
                 f"The {self.task_name} annotation {example.id} has no {error}; it has {', '.join(record)}. Add it in "
-                f"{self._files(annotations.split)}."
+                f"{self.task.all_files(annotations.split)}."
             ) from None
-
-    def _files(self, split: Split) -> str:
-        return " and ".join(filter(None, (*self.task.files[split], self.task.subtitles)))
 
 
 def problem(text: str) -> ValueError:

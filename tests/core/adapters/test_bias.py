@@ -84,6 +84,16 @@ def test_biases_of_excluded_modules_stay_frozen_and_no_biases_at_all_is_an_error
         apply_adapters(nn.Sequential(nn.Linear(4, 4, bias=False)), config_with("all", targets=["0"]))
 
 
+def test_an_adapter_with_excluded_biases_comes_back(tmp_path) -> None:
+    config = config_with("all", exclude=r".*decoder.*")
+    model = bart()
+    apply_adapters(model, config)
+    save_adapter(moved(model), config, tmp_path, "base")
+    fresh = bart()
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(logits(fresh), logits(model))
+
+
 def test_trained_biases_are_fp32_in_a_half_model() -> None:
     model = bart().bfloat16()
     apply_adapters(model, config_with("all"))

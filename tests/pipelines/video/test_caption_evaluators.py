@@ -170,9 +170,9 @@ def test_references_to_some_clips_only_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{}", r"video/coco_caption cannot read .*KeyError: 'images'.*Download COCO/dataset_coco\.json again"),
-        ("[", r"video/coco_caption cannot read .*JSONDecodeError"),
-        ('{"images": ["x"]}', r"video/coco_caption cannot read .*TypeError"),
+        ("{}", r"The task caption cannot read .*KeyError: 'images'.*Download COCO/dataset_coco\.json again"),
+        ("[", r"The task caption cannot read .*JSONDecodeError"),
+        ('{"images": ["x"]}', r"The task caption cannot read .*TypeError"),
         (
             '{"images": [{"split": "train"}]}',
             r"video/coco_caption has 0 annotations of the split test .*evaluate\.limit",

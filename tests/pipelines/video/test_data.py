@@ -5,12 +5,15 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dora_core.data.rows import DataError
 from pipelines.video.batches import Collate
 from pipelines.video.config import DataSection, ModelSection, TaskSection, VisualSection
 from pipelines.video.data import BadRow, TaskRow, TaskRows, collections_of, load_data, probe, report_on
 from pipelines.video.encode import TextEncoder
+from pipelines.video.extract import extract
+from pipelines.video.features import load_encoder
 from pipelines.video.looking import open_look
 from pipelines.video.model import load_tokenizer
 from pipelines.video.visual import open_features
@@ -139,3 +142,26 @@ def test_features_of_different_sizes_are_refused(dataset, text, tmp_path):
     np.savez(tmp_path / "a.npz", features=np.zeros((3, 5), np.float16))
     with pytest.raises(ValueError, match=r"have different sizes \(tv 5, yc2 12\)"):
         opened(dataset, text, ["tvc", "yc2c"], folders={"tv": str(tmp_path)})
+
+
+def test_features_of_different_encoders_and_speech_of_no_video_are_refused(dataset, text, tmp_path):
+    for name, encoder in (("tv", "pixels:2"), ("yc2", "pixels:2:other")):
+        media = tmp_path / "media" / name
+        media.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(media / "train0.png")
+        made = load_encoder("pixels:2")
+        made.identity["model"] = encoder
+        extract(media, tmp_path / name, made, say=lambda line: None)
+    folders = {name: str(tmp_path / name) for name in ("tv", "yc2")}
+    with pytest.raises(ValueError, match=r"features of tv and of yc2 .* \(they differ in model\)"):
+        opened(dataset, text, ["tvc", "yc2c"], folders=folders)
+    for name in ("yc2c",):
+        (tmp_path / "video" / "ann").mkdir(parents=True)
+        (tmp_path / "video" / "ann" / name).symlink_to(dataset / "video" / "ann" / name)
+    speech = '{"vid_name": "another", "sub": [{"text": "hi", "start": 0, "end": 1}]}\n'
+    (tmp_path / "video" / "ann" / "yc2_subtitles.jsonl").write_text(speech)
+    with pytest.raises(DataError, match="No video of the task yc2c has subtitles"):
+        load_data(DataSection(tasks=["yc2c"], path=str(tmp_path)), 0)
+    (tmp_path / "video" / "ann" / "yc2_subtitles.jsonl").write_text('{"video": "another"}\n')
+    with pytest.raises(DataError, match=r"The task yc2c cannot read the annotations .*KeyError: 'vid_name'"):
+        load_data(DataSection(tasks=["yc2c"], path=str(tmp_path)), 0)

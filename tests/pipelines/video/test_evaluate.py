@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dora_core.adapters import apply_adapters, save_adapter
 from dora_core.cli import main as dora
@@ -15,6 +16,8 @@ from dora_core.evaluation.results import read_results
 from dora_core.testing.contracts import train_tiny
 from dora_core.testing.ranks import run_on_ranks
 from pipelines.video.config import ModelSection, VideoAdapterSection
+from pipelines.video.extract import extract
+from pipelines.video.features import load_encoder
 from pipelines.video.model import load_tokenizer, load_vl_bart
 
 TASKS = ["vqa", "gqa", "nlvr2", "coco_caption", "tvqa", "how2qa", "tvc", "yc2c"]
@@ -153,3 +156,18 @@ def test_an_unknown_task_and_none_at_all_are_errors(dataset, tmp_path, capsys):
         with pytest.raises(SystemExit):
             scored(dataset, tmp_path, "--evaluate.tasks", tasks)
         assert message in capsys.readouterr().err
+
+
+def test_online_features_are_scored_as_cached_ones_two_pictures_a_row_too(dataset, tmp_path):
+    for place, file in enumerate(sorted((dataset / "nlvr").glob("test*.npz"))):
+        noise = np.random.default_rng(place).integers(0, 256, (9, 14, 3), np.uint8)
+        (tmp_path / "images" / "nlvr").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise).save(tmp_path / "images" / "nlvr" / f"{file.stem}.png")
+    encoder = load_encoder("pixels:12", "grid")
+    extract(tmp_path / "images" / "nlvr", tmp_path / "nlvr", encoder, say=lambda text: None)
+    only = ("--evaluate.tasks", "[nlvr2]", "--data.visual.num_slots", "36", "--data.visual.path", str(tmp_path))
+    cached = scored(dataset, tmp_path / "cached", *only)
+    online = ("--data.visual.mode", "online", "--data.visual.encoder", "pixels:12", "--data.visual.kind", "grid")
+    assert scored(dataset, tmp_path / "online", *only, *online) == cached and len(cached) == 6
+    logits = [[row.get("scores") for row in predictions(tmp_path / name)] for name in ("cached", "online")]
+    assert logits[0] == logits[1]

@@ -94,7 +94,9 @@ def test_a_malformed_file_is_refused_with_what_it_should_hold(content: str, mess
 def test_malformed_subtitles_are_refused(lines: list[dict[str, Any]], tmp_path: Path) -> None:
     write_tvqa(tmp_path, [tvqa_record(7)])
     write(tmp_path / "video/ann/tv_subtitles.jsonl", lines)
-    message = r"video/tvqa cannot read the annotations .*form.* Download .*tvqa_test_public\.jsonl and .*tv_subtitles"
+    message = (
+        r"The task tvqa cannot read the annotations .*form.* Download .*tvqa_test_public\.jsonl and .*tv_subtitles"
+    )
     with pytest.raises(DataError, match=message):
         TVQA().load(settings(tmp_path))
 
