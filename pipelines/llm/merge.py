@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from dora_core.adapters import load_adapter, merge_and_unload
+from dora_core.adapters.stored import named_base
 from dora_core.config import require
 from dora_core.engine.build import narrow_forward
 from dora_core.engine.export import save_model
@@ -31,9 +31,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def merge(adapter: Path, output: Path, base: str | None = None, precision: str = "bf16") -> None:
     """Merge ``adapter`` into ``base`` and write model and tokenizer to ``output``."""
-    config_file = adapter / "adapter_config.json"
-    if base is None and config_file.is_file():
-        base = json.loads(config_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = named_base(adapter) if base is None else base
     require(bool(base), "--base", base, "given where adapter_config.json names no base model", "Pass --base MODEL.")
     section = ModelSection(path=base)
     model = load_model(section, precision).eval()

@@ -12,13 +12,12 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
-from dora_core.evaluation.results import Metric, read_results
+from dora_core.evaluation.results import Metric
 from dora_core.testing.clip_files import read_lines
 from dora_core.testing.clip_texts import KINDS, blind_level, one_frame_level
-from dora_core.testing.demo import launch, say
+from dora_core.testing.demo import cell, launch, metrics, say
 from dora_core.training.metrics import plot_accuracies, plot_losses
 from pipelines.video.evaluate import main as evaluate
-from pipelines.video.evaluate import reported_metrics
 from pipelines.video.merge import merge
 from pipelines.video.prepare import prepare
 
@@ -68,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
 def report(output: Path, seconds: float) -> None:
     """Print the table of scores and write the plots."""
     folders = ("base_results", "shuffled", "one_frame", "dora/results/after")
-    found = {folder: {m.name: m for m in reported_metrics(read_results(output / folder))} for folder in folders}
+    found = {folder: metrics(output / folder) for folder in folders}
     titles = ("no look", "one frame", "base", "shuffled", "1 frame seen", "dora")
     lines = [f"{'score, %':<18}{'n':>5}" + "".join(f"{title:>14}" for title in titles)]
     known = {name: read_lines(output / "world" / file) for name, file in QUESTIONS.items()}
@@ -82,7 +81,7 @@ def report(output: Path, seconds: float) -> None:
     for name in (*QUESTIONS, *CAPTIONS):
         right = found[folders[-1]][name]
         cells = f"{100 * right.extra['majority']:>14.1f}{'':>14}"
-        cells += "".join(f"{_cell(found[folder][name]):>14}" for folder in folders)
+        cells += "".join(f"{cell(found[folder][name]):>14}" for folder in folders)
         lines.append(f"{name.removeprefix('video/') + ' ' + right.metric:<18}{right.n:>5}{cells}")
     table = "\n".join(lines)
     print("\n" + table)
@@ -98,7 +97,3 @@ def _by_kind(found: dict[str, Metric], kind: str) -> float:
     """Return the share of right answers to both tasks' questions of a kind."""
     parts: list[Any] = [found[name].extra["by_kind"][kind] for name in QUESTIONS]
     return sum(value * n for value, n in parts) / sum(n for _, n in parts)
-
-
-def _cell(metric: Metric) -> str:
-    return f"{100 * metric.value:.1f} ± {100 * metric.stderr:.1f}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from dora_core.config import load_config, split_arguments
 from dora_core.engine.build import Engine, narrow_forward
 from dora_core.engine.distributed import World
 from dora_core.evaluation.evaluator import EvaluationContext, Evaluator
-from dora_core.evaluation.results import Metric, average_metric, config_hash, format_table
-from dora_core.evaluation.runner import place_among_ranks, run_evaluators
+from dora_core.evaluation.results import Metric, config_hash, format_table
+from dora_core.evaluation.runner import average_of_reported, place_among_ranks, reported_metrics, run_evaluators
 from dora_core.registry import EVALUATORS
 from dora_core.training.metrics import plot_accuracies
 from dora_core.training.run import Run
@@ -93,7 +94,7 @@ def evaluate_model(
         synced=synced,
         device=device,
     )
-    metrics = run_evaluators(evaluators, context, folder, summarize=average)
+    metrics = run_evaluators(evaluators, context, folder, summarize=partial(average_of_reported, pipeline="video"))
     if rank == 0:
         print(format_table(metrics, COLUMNS), flush=True)
     return metrics
@@ -113,33 +114,16 @@ def scoring_settings(section: EvaluateSection, data: DataSection) -> dict[str, A
     }
 
 
-def average(metrics: list[Metric]) -> list[Metric]:
-    """Return ``video/average``: the unweighted mean over benchmarks of their first metric, as in the paper's Tables 2
-    and 3. It mixes accuracies with CIDEr, as the paper does. There is none where nothing could be scored.
-    """
-    reported = reported_metrics(metrics)
-    if not reported:
-        return []
-    alike = [replace(metric, metric="score") for metric in reported]
-    levels = [metric.extra["majority"] for metric in reported]
-    return [average_metric("video/average", alike, extra={"majority": sum(levels) / len(levels)})]
-
-
-def reported_metrics(metrics: Sequence[Metric]) -> list[Metric]:
-    """Return the first metric of each benchmark, the one in the paper's tables."""
-    names = EVALUATORS.names("video")
-    first = {metric.name: metric for metric in reversed(metrics) if metric.name in names}
-    return [first[name] for name in dict.fromkeys(metric.name for metric in metrics) if name in first]
-
-
 def evaluate_in_run(
     run: Run, engine: Engine, text: TextEncoder, look: Look, encoder: FrozenEncoder | None, when: str
 ) -> None:
-    """Score the model of a run on its recipe's benchmarks into ``results/<when>``. Every rank must call it."""
+    """Score the model of a run on its recipe's benchmarks into ``results/<when>``. Every rank must call it.
+
+    ``look`` must be one of ``with_scored_collections``.
+    """
     folder = run.folder / "results" / when
     cfg = run.config
     tasks = {task.name: task for task in the_tasks(cfg.data)}
-    look = run.world.agree(lambda: with_scored_collections(look, cfg.evaluate, cfg.data))
     with reuse_norms(engine.module), engine.evaluating():
         metrics = evaluate_model(
             engine.module,
@@ -150,7 +134,7 @@ def evaluate_in_run(
             synced=engine.stage == 3,
             device=run.world.device,
         )
-    shown = {metric.name.removeprefix("video/"): metric for metric in reported_metrics(metrics)}
+    shown = {metric.name.removeprefix("video/"): metric for metric in reported_metrics(metrics, "video")}
     if run.world.is_main and shown:
         scores = {cfg.run.name: {name: metric.value for name, metric in shown.items()}}
         levels = {name: metric.extra["majority"] for name, metric in shown.items()}

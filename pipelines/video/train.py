@@ -53,8 +53,9 @@ def train(cfg: VideoConfig) -> None:
         rows, held_rows = (TaskRows(data, text, look, cfg.run.seed) for data in (train_data, held))
         world.agree(lambda: [probe(rows, train_data), probe(held_rows, held)])
         report = world.agree(lambda: report_on(cfg.data, train_data, held, look))
+        scored = look
         if cfg.evaluate.before_training or cfg.evaluate.after_training:  # what is missing should not wait for the end
-            world.agree(lambda: with_scored_collections(look, cfg.evaluate, cfg.data))
+            scored = world.agree(lambda: with_scored_collections(look, cfg.evaluate, cfg.data))
         world.require_same("training data", report.dataset_hash)
         run.say(report)
 
@@ -81,7 +82,7 @@ def train(cfg: VideoConfig) -> None:
         )
         bad_rows = BadRows(run, progress, cfg.data.max_bad_fraction, report.epoch_size)
         if cfg.evaluate.before_training and progress.step == 0:
-            evaluate_in_run(run, engine, text, look, encoder, "before")
+            evaluate_in_run(run, engine, text, scored, encoder, "before")
 
         with reuse_norms(engine.module), run.stepping(progress, num_steps):
             for batches in run.speed.waiting_for(loader):
@@ -121,7 +122,7 @@ def train(cfg: VideoConfig) -> None:
             run.say(f"exporting step {progress.best_step}, of the lowest validation loss {progress.best_loss:.4f}")
         run.say(f"wrote {export(engine.module, run.folder, tokenizer, cfg, world)}")
         if cfg.evaluate.after_training:
-            evaluate_in_run(run, engine, text, look, encoder, "after")
+            evaluate_in_run(run, engine, text, scored, encoder, "after")
 
 
 @torch.no_grad()

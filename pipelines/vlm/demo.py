@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from dora_core.evaluation.evaluator import Evaluator
 from dora_core.evaluation.results import PREDICTIONS_FILE
 from dora_core.registry import EVALUATORS
-from dora_core.testing.demo import launch, metrics, say
+from dora_core.testing.demo import cell, launch, metrics, say
 from dora_core.training.metrics import plot_accuracies, plot_losses
 from pipelines.vlm.config import BENCHMARKS
 from pipelines.vlm.evaluate import main as evaluate
@@ -71,7 +71,7 @@ def report(output: Path, seconds: float) -> None:
     blind = blind_levels(results)
     lines = [f"{'score, %':<12}{'metric':<20}{'without looking':>16}{'base':>14}{'shuffled':>14}{'dora':>14}"]
     for name in [f"vlm/{task}" for task in BENCHMARKS] + ["vlm/average"]:
-        cells = "".join(f"{_cell(m[name]):>14}" for m in (others["base"], others["shuffled"], right))
+        cells = "".join(f"{cell(m[name]):>14}" for m in (others["base"], others["shuffled"], right))
         short = name.removeprefix("vlm/")
         lines.append(f"{short:<12}{right[name].metric:<20}{100 * blind[name]:>16.1f}{cells}")
     table = "\n".join(lines)
@@ -114,7 +114,3 @@ def _by_wording(evaluator: Evaluator, rows: list[dict[str, Any]]) -> float:
         tried = [[{**row, **evaluator.judge(row, text)} for row in group] for text in candidates]
         answered += max(tried, key=lambda judged: sum(float(row.get("score", row.get("correct"))) for row in judged))
     return evaluator.score(sorted(answered, key=lambda row: row["index"]))[0].value
-
-
-def _cell(metric: Any) -> str:
-    return f"{100 * metric.value:.1f} ± {100 * metric.stderr:.1f}"

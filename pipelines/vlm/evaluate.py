@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from dora_core.config import load_config, split_arguments
 from dora_core.engine.build import DTYPES, Engine, narrow_forward
 from dora_core.engine.distributed import World
 from dora_core.evaluation.evaluator import EvaluationContext, Evaluator
-from dora_core.evaluation.results import Metric, average_metric, config_hash, format_table
-from dora_core.evaluation.runner import place_among_ranks, run_evaluators
+from dora_core.evaluation.results import Metric, config_hash, format_table
+from dora_core.evaluation.runner import average_of_reported, place_among_ranks, reported_metrics, run_evaluators
 from dora_core.registry import EVALUATORS
 from dora_core.training.metrics import plot_accuracies
 from dora_core.training.run import Run
@@ -99,7 +100,7 @@ def evaluate_model(
         synced=synced,
         device=device,
     )
-    metrics = run_evaluators(evaluators, context, folder, summarize=average)
+    metrics = run_evaluators(evaluators, context, folder, summarize=partial(average_of_reported, pipeline="vlm"))
     if rank == 0:
         print(format_table(metrics, COLUMNS), flush=True)
     return metrics
@@ -110,26 +111,6 @@ def scoring_settings(section: EvaluateSection, data: DataSection) -> dict[str, A
     names = ("max_new_tokens", "circular", "shuffle_images")
     settings = {name: value for name, value in asdict(section).items() if name in names}
     return settings | {"template": data.template, "image_aspect_ratio": data.image_aspect_ratio}
-
-
-def average(metrics: list[Metric]) -> list[Metric]:
-    """Return ``vlm/average``: the unweighted mean over benchmarks of their first metric, as in the paper's Table 4.
-
-    It mixes accuracies with POPE's F1, as the paper does. There is none where nothing could be scored.
-    """
-    reported = reported_metrics(metrics)
-    if not reported:
-        return []
-    alike = [replace(metric, metric="score") for metric in reported]
-    levels = [metric.extra["majority"] for metric in reported]
-    return [average_metric("vlm/average", alike, extra={"majority": sum(levels) / len(levels)})]
-
-
-def reported_metrics(metrics: Sequence[Metric]) -> list[Metric]:
-    """Return the first metric of each benchmark, the one in the paper's table."""
-    names = EVALUATORS.names("vlm")
-    first = {metric.name: metric for metric in reversed(metrics) if metric.name in names}
-    return [first[name] for name in dict.fromkeys(metric.name for metric in metrics) if name in first]
 
 
 def evaluate_in_run(run: Run, engine: Engine, encoder: Encoder, when: str) -> None:
@@ -147,7 +128,7 @@ def evaluate_in_run(run: Run, engine: Engine, encoder: Encoder, when: str) -> No
             synced=engine.stage == 3,
             device=run.world.device,
         )
-    shown = {metric.name.removeprefix("vlm/"): metric for metric in reported_metrics(metrics)}
+    shown = {metric.name.removeprefix("vlm/"): metric for metric in reported_metrics(metrics, "vlm")}
     if run.world.is_main and shown:
         scores = {run.config.run.name: {name: metric.value for name, metric in shown.items()}}
         levels = {name: metric.extra["majority"] for name, metric in shown.items()}

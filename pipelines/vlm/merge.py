@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import LlavaForConditionalGeneration
 
 from dora_core.adapters import load_adapter, merge_and_unload
 from dora_core.adapters.report import AdapterReport
+from dora_core.adapters.stored import named_base
 from dora_core.config import load_config, require, split_arguments
 from dora_core.engine.build import narrow_forward
 from dora_core.engine.export import save_model
@@ -57,10 +57,7 @@ def merge(
 ) -> None:
     """Merge ``adapter`` into the model of ``section`` (or the one it names) and write it with its processor."""
     if section is None:
-        config_file = adapter / "adapter_config.json"
-        base = None
-        if config_file.is_file():
-            base = json.loads(config_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = named_base(adapter)
         change = "Pass --base MODEL, or --config RECIPE for an assembled model."
         require(bool(base), "--base", base, "given where adapter_config.json names no base model", change)
         section = ModelSection(path=base)

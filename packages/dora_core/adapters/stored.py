@@ -113,6 +113,12 @@ def read_adapter(folder: Path) -> StoredAdapter:
     return StoredAdapter(config, modules, extras, base_weights, biases)
 
 
+def named_base(folder: Path) -> str | None:
+    """Return the base model that the configuration of an adapter names; None if it names none, or is not there."""
+    path = folder / CONFIG_FILE
+    return json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path") if path.is_file() else None
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():

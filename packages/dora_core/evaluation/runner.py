@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from dora_core.engine import distributed
 from dora_core.evaluation.evaluator import EvaluationContext, Evaluator, FileWriter
-from dora_core.evaluation.results import Metric, commit_hash, dataset_hash, write_results
+from dora_core.evaluation.results import Metric, average_metric, commit_hash, dataset_hash, write_results
+from dora_core.registry import EVALUATORS
 
 T = TypeVar("T")
 
@@ -86,6 +87,27 @@ def run_evaluator(
         for metric in evaluator.score(predictions)
     ]
     return metrics, predictions
+
+
+def reported_metrics(metrics: Sequence[Metric], pipeline: str) -> list[Metric]:
+    """Return the first metric of each of the pipeline's benchmarks, the one that papers report."""
+    names = EVALUATORS.names(pipeline)
+    first = {metric.name: metric for metric in reversed(metrics) if metric.name in names}
+    return [first[name] for name in dict.fromkeys(metric.name for metric in metrics) if name in first]
+
+
+def average_of_reported(metrics: Sequence[Metric], pipeline: str) -> list[Metric]:
+    """Return ``<pipeline>/average``: the unweighted mean over benchmarks of the reported metrics, as papers print it.
+
+    It mixes what they report, such as accuracies with an F1 or CIDEr, and has the mean of their ``majority`` levels.
+    There is none where nothing could be scored.
+    """
+    reported = reported_metrics(metrics, pipeline)
+    if not reported:
+        return []
+    alike = [replace(metric, metric="score") for metric in reported]
+    levels = [metric.extra["majority"] for metric in reported]
+    return [average_metric(f"{pipeline}/average", alike, extra={"majority": sum(levels) / len(levels)})]
 
 
 def place_among_ranks(rank: int | None = None, world_size: int | None = None) -> tuple[int, int]:

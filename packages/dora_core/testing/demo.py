@@ -92,8 +92,16 @@ def num_ranks() -> int:
 
 
 def metrics(folder: Path) -> dict[str, Metric]:
-    """Return the metrics in a results folder by name."""
-    return {metric.name: metric for metric in read_results(folder)}
+    """Return the metrics in a results folder by name, the first of several that have one: the reported one."""
+    found: dict[str, Metric] = {}
+    for metric in read_results(folder):
+        found.setdefault(metric.name, metric)
+    return found
+
+
+def cell(metric: Metric) -> str:
+    """Return a metric in percent with its standard error, for a table."""
+    return f"{100 * metric.value:.1f} ± {100 * metric.stderr:.1f}"
 
 
 def say(step: str, text: str) -> None:
