@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dora_core.adapters import AdapterConfig, apply_adapters, parameter_groups, reuse_norms
-from dora_core.adapters.linear import DoRALinear
+from dora_core.adapters.dora_linear import DoRALinear
 from dora_core.config import DeepSpeedSection, TrainSection
 from dora_core.engine.build import DTYPES, Engine, build_engine
 from dora_core.engine.distributed import World

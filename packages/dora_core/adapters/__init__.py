@@ -2,9 +2,10 @@
 
 from dora_core.adapters.checkpoint import load_adapter, save_adapter
 from dora_core.adapters.config import AdapterConfig
+from dora_core.adapters.dora_linear import DoRALinear
 from dora_core.adapters.groups import parameter_groups
 from dora_core.adapters.inject import AdapterError, apply_adapters
-from dora_core.adapters.linear import DoRALinear, LoRALinear, adapters_disabled
+from dora_core.adapters.linear import LoRALinear, adapters_disabled
 from dora_core.adapters.merge import MergeReport, merge_adapters, merge_and_unload, unmerge_adapters
 from dora_core.adapters.norm_reuse import NormReuse, reuse_norms
 from dora_core.adapters.report import AdapterReport

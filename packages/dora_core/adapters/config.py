@@ -33,6 +33,10 @@ class AdapterConfig:
     weight change, x W^T + drop(x) (gV - W)^T, as the paper's code does (a second base product)."""
     norm_gradient: Literal["detached", "full"] = "detached"
     """detached: the norm is a constant in the backward pass (eq. 11); full: it is differentiated (eq. 6)."""
+    kernel: Literal["auto", "plain", "fused"] = "auto"
+    """plain: torch's own operators, everywhere. fused: Triton kernels on a CUDA GPU, an error where they cannot run.
+    auto: fused where they can run; the start of a run says which and why. Fused layers keep their output for the
+    backward pass: kernels that overwrite it unseen by torch, such as Liger's RoPE, must be given a copy."""
     targets: list[str] | str = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
     exclude: list[str] | str = field(default_factory=list)
     """Modules that neither kind of targets ever means, for example those of a vision tower."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dora_core.adapters.config import AdapterConfig
+from dora_core.adapters.kernels import kernel_choice
 from dora_core.adapters.kinds import train_in_full_precision, widen
 from dora_core.adapters.linear import LoRALinear
 from dora_core.adapters.report import AdapterReport, describe_module, report_on
@@ -38,7 +39,8 @@ def apply_adapters(model: nn.Module, config: AdapterConfig) -> AdapterReport:
 
     Raises ``AdapterError``, before anything is changed, if a pattern matches nothing, a target is no plain
     ``nn.Linear``, a target's weight is shared with another module, a module is asked to be two things, or the model
-    is adapted already. Under ZeRO-3 every rank calls it; weights are gathered one at a time.
+    is adapted already; ``ValueError`` if ``config.kernel`` is fused where those kernels cannot run. Under ZeRO-3 every
+    rank calls it; weights are gathered one at a time.
     """
     held = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
     if held:
@@ -59,6 +61,10 @@ def apply_adapters(model: nn.Module, config: AdapterConfig) -> AdapterReport:
         _refuse_subclasses(eligible, config)
         _check_patterns(config, targets)
         _refuse_shared(modules, targets + magnitudes)
+    kernels = ""
+    if low_rank:
+        dtypes = {modules[name].weight.dtype for name in targets + magnitudes}
+        kernels = kernel_choice(config.kernel, dtypes, config.dropout, config.dropout_mode)
     model.requires_grad_(False)
 
     lines = []
@@ -78,7 +84,7 @@ def apply_adapters(model: nn.Module, config: AdapterConfig) -> AdapterReport:
                 train_in_full_precision(inner.parameters(recurse=False))
         lines.append(describe_module(name, modules[name], "trainable"))
     train_in_full_precision(_biases(model, config))
-    return report_on(model, lines)
+    return report_on(model, lines, kernels)
 
 
 def _biases(model: nn.Module, config: AdapterConfig) -> list[nn.Parameter]:

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from dora_core.adapters.config import AdapterConfig
+from dora_core.adapters.dora_linear import DoRALinear
 from dora_core.adapters.functional import accumulation_dtype
-from dora_core.adapters.linear import DoRALinear, LoRALinear
+from dora_core.adapters.linear import LoRALinear
 from dora_core.adapters.sharded import is_partitioned
 from dora_core.registry import ADAPTERS
 
@@ -35,6 +36,7 @@ def _options(config: AdapterConfig, generator: torch.Generator) -> dict:
         "rslora": config.rslora,
         "dropout": config.dropout,
         "dropout_mode": config.dropout_mode,
+        "kernel": config.kernel,
         "generator": generator,
     }
 

@@ -1,9 +1,9 @@
-"""LoRA and DoRA in place of ``nn.Linear``."""
+"""LoRA in place of ``nn.Linear``, and what every adapted layer has in common."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dora_core.adapters import kernels
 from dora_core.adapters.functional import accumulation_dtype, adapted_linear, effective_weight_, gain, row_norm
-from dora_core.adapters.sharded import copy_local_part, full_shape, gathered, restore_local_part_
+from dora_core.adapters.sharded import copy_local_part, full_shape, gathered, is_partitioned, restore_local_part_
 
 
 def scale_of(rank: int, alpha: float, rslora: bool) -> float:
@@ -39,6 +40,7 @@ class LoRALinear(nn.Module):
         rslora: bool = False,
         dropout: float = 0.0,
         dropout_mode: Literal["lowrank", "update"] = "lowrank",
+        kernel: Literal["auto", "plain", "fused"] = "auto",
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -50,6 +52,12 @@ class LoRALinear(nn.Module):
         self.rank, self.alpha = rank, alpha
         self._scale = scale_of(rank, alpha, rslora)
         self.dropout, self.dropout_mode = dropout, dropout_mode
+        self.kernel = kernel
+        self.shared_input: Any = None
+        """While ``reuse_norms`` is active: the ``SharedInput`` of layers that may be given the same tensor."""
+        self.num_reuse_blocks = 0
+        """How many ``reuse_norms`` blocks are open around this layer."""
+        self._known: tuple[tuple[int, ...], kernels.Projection] | None = None
         self.enabled = True
         self.base_weight: Tensor | None = None
         """While merged: this rank's part of the base weight, on the CPU, so that unmerging is exact."""
@@ -83,39 +91,84 @@ class LoRALinear(nn.Module):
     def invalidate(self) -> None:
         """Forget everything derived from the parameters; call it after writing to them behind torch's back."""
         self._known_touched = False
+        self.forget()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out] in x's type (autocast's, where that is on) for x [..., in]."""
-        device = x.device.type
+        given, device = x, x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         if self.merged or not self.enabled:
             return F.linear(x, self.weight, self.bias)
-        norm = self._norm()
-        dropped = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
+        dropout = self.dropout if self.training else 0.0
+        if self._is_fused(x):
+            compute = lambda layers: kernels.fused_linears(x, [each.projection() for each in layers], dropout)  # noqa: E731
+            if self.shared_input is None or torch.compiler.is_compiling():
+                return compute([self])[0]
+            return self.shared_input.output(self, given, compute)
+        *tensors, settings = self.projection(row_norm)
         return adapted_linear(
             x,
-            self.weight,
-            self.bias,
-            self.lora_A,
-            self.lora_B,
-            self.magnitude,
-            norm,
-            scale=self._scale,
-            dropped=dropped,
+            *tensors,
+            scale=settings.scale,
+            dropped=F.dropout(x, dropout) if dropout > 0 else None,
             update_dropout=self.dropout_mode == "update",
-            full_norm_gradient=self._full_norm_gradient,
-            untouched=self._untouched(norm),
+            full_norm_gradient=settings.full_norm,
+            untouched=settings.untouched,
         )
+
+    def projection(self, compute_norm: Callable[..., Tensor] = kernels.row_norm) -> kernels.Projection:
+        """Return the layer's tensors and settings, with the norm; while ``reuse_norms`` is active, the last ones."""
+        tensors = (self.weight, self.bias, self.lora_A, self.lora_B, self.magnitude)
+        if not self.num_reuse_blocks or torch.compiler.is_compiling():  # a graph holds no state
+            return self._projection(tensors, compute_norm)
+        # reuse_norms says when an optimizer stepped. Versions only add what they do notice, edits in place
+        # and replaced tensors; they miss fused optimizers and writes through .data, so alone they prove nothing.
+        versions = self.versions()
+        if self._known is not None:
+            known_versions, known = self._known
+            if known_versions == versions and all(a is b for a, b in zip(known, tensors, strict=False)):
+                return known
+        projection = self._projection(tensors, compute_norm)
+        self._known = (versions, projection)
+        return projection
+
+    def _projection(
+        self, tensors: tuple[Tensor | None, ...], compute_norm: Callable[..., Tensor]
+    ) -> kernels.Projection:
+        norm = self._norm(compute_norm)
+        settings = kernels.Settings(self._scale, self._full_norm_gradient, self._untouched(norm))
+        return kernels.Projection(*tensors, norm, settings)
+
+    def forget(self) -> None:
+        """Forget what was computed from the parameters: they changed."""
+        self._known = None
+
+    def versions(self) -> tuple[int, ...]:
+        """Return how often torch saw each parameter change."""
+        parts = (self.weight, self.lora_A, self.lora_B, self.magnitude)
+        return tuple([part._version for part in parts if part is not None])
+
+    def can_share(self) -> bool:
+        """Whether a sibling's call can compute this layer: ZeRO-3 gathers a layer's weights for its own call alone."""
+        return not (self.merged or is_partitioned(self.weight) or self.kernel == "plain") and self.enabled
+
+    def _is_fused(self, x: Tensor) -> bool:
+        if self.kernel == "plain" or (self.kernel == "auto" and not x.is_cuda):
+            return False
+        reason = kernels.why_not_fused(x.device.type, x.dtype, self.dropout, self.dropout_mode)
+        if reason is not None and self.kernel == "fused":
+            kernels.refuse(reason)
+        return reason is None
 
     _full_norm_gradient = False
 
-    def _norm(self) -> Tensor | None:
+    def _norm(self, compute: Callable[..., Tensor]) -> Tensor | None:
         return None
 
     def _untouched(self, norm: Tensor | None) -> bool:
         # Asked only until training has moved the layer once: the answer makes a GPU wait.
-        if self._known_touched or self.weight.is_meta:
+        if self._known_touched or self.weight.is_meta or torch.compiler.is_compiling():
             return False
         with torch.no_grad():
             same = self.lora_B is None or not self.lora_B.any()
@@ -147,6 +200,10 @@ class LoRALinear(nn.Module):
         self.base_weight = None
         self.invalidate()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is no part of the block that announces changes to the original.
+        return {**self.__dict__, "shared_input": None, "num_reuse_blocks": 0, "_known": None}
+
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in (self.lora_A, self.lora_B, self.magnitude) if p is not None]
 
@@ -169,67 +226,6 @@ class LoRALinear(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.invalidate()
-
-
-class DoRALinear(LoRALinear):
-    """y = x (m/n * (W + s B A))^T + bias: the paper's eq. 5 in row form, in place of an ``nn.Linear``.
-
-    ``magnitude`` m [out] is fp32 (fp64 for fp64) and starts as the row norm of W + s B A, so a fresh layer returns
-    the base layer's output bit for bit. Rank 0 trains the magnitude only (Table 6). ``norm_gradient`` detached is
-    eq. 11, full is eq. 6. The norm n is computed at every call unless ``reuse_norms`` is active.
-    """
-
-    def __init__(
-        self,
-        base: nn.Linear,
-        rank: int,
-        alpha: float,
-        *,
-        norm_gradient: Literal["detached", "full"] = "detached",
-        **options: Any,
-    ) -> None:
-        super().__init__(base, rank, alpha, **options)
-        self.norm_gradient = norm_gradient
-        self.num_norms_computed = 0
-        self.num_reuse_blocks = 0
-        """How many ``reuse_norms`` blocks are open around this layer."""
-        self._cached: tuple[tuple[Tensor | None, ...], tuple[int, ...], Tensor] | None = None
-        with gathered([self.weight]):
-            self.magnitude = nn.Parameter(row_norm(self.weight, self.lora_A, self.lora_B, self._scale))
-
-    @property
-    def _full_norm_gradient(self) -> bool:
-        return self.norm_gradient == "full" and self.rank > 0
-
-    def invalidate(self) -> None:
-        super().invalidate()
-        self.forget_norm()
-
-    def forget_norm(self) -> None:
-        """Compute the norm again at the next call."""
-        self._cached = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy is no part of the block that announces changes to the original.
-        return {**self.__dict__, "num_reuse_blocks": 0, "_cached": None}
-
-    def _norm(self) -> Tensor:
-        if not self.num_reuse_blocks:
-            return self._compute_norm()
-        # reuse_norms says when an optimizer stepped. Versions only add what they do notice, edits in place
-        # and replaced tensors; they miss fused optimizers and writes through .data, so alone they prove nothing.
-        parts = (self.weight, self.lora_A, self.lora_B)
-        versions = tuple(part._version for part in parts if part is not None)
-        if self._cached is not None:
-            known_parts, known_versions, norm = self._cached
-            if known_versions == versions and all(a is b for a, b in zip(known_parts, parts, strict=True)):
-                return norm
-        self._cached = (parts, versions, self._compute_norm())
-        return self._cached[2]
-
-    def _compute_norm(self) -> Tensor:
-        self.num_norms_computed += 1
-        return row_norm(self.weight, self.lora_A, self.lora_B, self._scale)
 
 
 @contextmanager

@@ -35,6 +35,8 @@ class AdapterReport:
     """Other trainable elements: full weights and ``trainable`` extras."""
     num_total: int
     """Elements of the model, adapters included."""
+    kernels: str = ""
+    """Which kernels the adapted layers use, and why."""
 
     @property
     def num_trainable(self) -> int:
@@ -59,6 +61,8 @@ class AdapterReport:
             f"trainable {self.num_trainable:,} of {self.num_total:,} ({100 * self.share:.3f} %): A and B "
             f"{self.num_low_rank:,}, magnitudes {self.num_magnitude:,}, other {self.num_other:,}"
         )
+        if self.kernels:
+            lines.append(f"kernels: {self.kernels}")
         return "\n".join(lines)
 
 
@@ -71,7 +75,7 @@ def describe_module(name: str, module: nn.Module, kind: str, rank: int = 0) -> A
     return AdaptedModule(name, kind, tuple(full_shape(weight)) if weight is not None else (), rank, num)
 
 
-def report_on(model: nn.Module, modules: Iterable[AdaptedModule]) -> AdapterReport:
+def report_on(model: nn.Module, modules: Iterable[AdaptedModule], kernels: str = "") -> AdapterReport:
     """Return the report on an adapted model; parameters that several modules share count once."""
     counts = {"low_rank": 0, "magnitude": 0, "other": 0}
     total = 0
@@ -79,4 +83,4 @@ def report_on(model: nn.Module, modules: Iterable[AdaptedModule]) -> AdapterRepo
         total += full_numel(parameter)
         if parameter.requires_grad:
             counts[parameter_role(name)] += full_numel(parameter)
-    return AdapterReport(tuple(modules), counts["low_rank"], counts["magnitude"], counts["other"], total)
+    return AdapterReport(tuple(modules), counts["low_rank"], counts["magnitude"], counts["other"], total, kernels)

@@ -315,7 +315,7 @@ def test_the_report_of_the_whole_llama_7b_prints_the_papers_count() -> None:
     assert round(100 * report.share, 3) == 0.838
     text = str(report)
     assert "56,975,360 of 6,795,390,976 (0.838 %)" in text and "876,544" in text
-    assert len(text.splitlines()) == 7
+    assert len(text.splitlines()) == 8
     assert "down_proj" in text and "4096 x 11008" in text and "15,597,568" in text
 
 

@@ -1,0 +1,27 @@
+"""Fused kernels for adapted layers on a GPU: where they can run, and the rule that picks a way of computing.
+
+Importing this package needs no Triton; calling ``fused_linears`` and ``row_norm`` does.
+"""
+
+from dora_core.adapters.kernels.cost import Form, choose_backward_form, choose_form
+from dora_core.adapters.kernels.dispatch import (
+    fused_linears,
+    kernel_choice,
+    refuse,
+    row_norm,
+    why_not_fused,
+)
+from dora_core.adapters.kernels.projection import Projection, Settings
+
+__all__ = [
+    "Form",
+    "Projection",
+    "Settings",
+    "choose_backward_form",
+    "choose_form",
+    "fused_linears",
+    "kernel_choice",
+    "refuse",
+    "row_norm",
+    "why_not_fused",
+]

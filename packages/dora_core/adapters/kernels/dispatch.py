@@ -1,0 +1,85 @@
+"""Where the fused kernels can run, and the way to them that loads Triton only there."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from dora_core.adapters.kernels.projection import Projection
+
+MIN_CAPABILITY = (8, 0)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@torch.compiler.assume_constant_result
+def why_not_fused(device: str, dtype: torch.dtype, dropout: float = 0.0, dropout_mode: str = "lowrank") -> str | None:
+    """Return why the fused kernels cannot run on tensors of ``dtype`` on a ``device`` type, or ``None`` if they can.
+
+    With ``TRITON_INTERPRET=1`` they run on the CPU too, slowly, for tests.
+    """
+    return _why_not_fused(device, dtype, dropout, dropout_mode)
+
+
+@cache
+def _why_not_fused(device: str, dtype: torch.dtype, dropout: float, dropout_mode: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton, which they need, is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device != "cuda" and not interpreted:
+        return f"they run on CUDA, not on the {device}"
+    if device == "cuda" and torch.version.hip:
+        return "they were never tried on ROCm"
+    if device == "cuda" and (capability := torch.cuda.get_device_capability()) < MIN_CAPABILITY:
+        name, needed = torch.cuda.get_device_name(), ".".join(map(str, MIN_CAPABILITY))
+        return f"they need compute capability {needed} and {name} has {'.'.join(map(str, capability))}"
+    if dtype not in DTYPES:
+        return f"they compute in bf16, fp16 and fp32, not in {str(dtype).removeprefix('torch.')}"
+    if dropout > 0 and dropout_mode == "update":
+        return "they have no adapter.dropout_mode update, which takes a second base product, but lowrank"
+    return None
+
+
+def kernel_choice(choice: str, dtypes: Iterable[torch.dtype], dropout: float, dropout_mode: str) -> str:
+    """Return which kernels adapted layers with weights of ``dtypes`` will use on this machine, and why.
+
+    Raises ``ValueError`` if the ``choice`` is fused, which cannot run here.
+    """
+    if choice == "plain":
+        return "plain, as adapter.kernel says"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reasons = [why_not_fused(device, dtype, dropout, dropout_mode) for dtype in dtypes]
+    reason = next(filter(None, reasons), None)
+    if reason and choice == "fused":
+        refuse(reason)
+    if reason or (choice == "auto" and device == "cpu"):
+        return f"plain, not the fused ones: {reason or 'they run on CUDA, not on the cpu'}"
+    where = torch.cuda.get_device_name() if device == "cuda" else "Triton's interpreter"
+    return f"fused, on {where}; each call merges or composes, whichever should be faster"
+
+
+def refuse(reason: str) -> None:
+    """Raise the error for ``adapter.kernel: fused`` where that is impossible."""
+    raise ValueError(
+        f"adapter.kernel is 'fused', but the fused kernels cannot run here: {reason}. "
+        "Set adapter.kernel: auto, which takes them where they can run, or plain."
+    )
+
+
+def fused_linears(x: Tensor, projections: Sequence[Projection], dropout: float = 0.0) -> tuple[Tensor, ...]:
+    """Return the outputs of adapted layers that share x; see ``kernels.fused.fused_linears``."""
+    from dora_core.adapters.kernels import fused
+
+    return fused.fused_linears(x, projections, dropout)
+
+
+def row_norm(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scale: float) -> Tensor:
+    """Return n [out] in fp32; see ``kernels.weight_ops.row_norm``. An ordinary tensor even in inference mode."""
+    from dora_core.adapters.kernels import weight_ops
+
+    with torch.inference_mode(False), torch.no_grad():
+        return weight_ops.row_norm(weight, lora_A, lora_B, scale)

@@ -1,0 +1,222 @@
+"""Adapted linear products with the fused kernels: the same function as ``functional.adapted_linear``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dora_core.adapters.kernels.cost import Form, choose_backward_form, choose_form
+from dora_core.adapters.kernels.gradient_ops import dropped_gradient, output_gradients, transposed_product
+from dora_core.adapters.kernels.launch import cast
+from dora_core.adapters.kernels.projection import Projection
+from dora_core.adapters.kernels.token_ops import compose, dropped_product
+from dora_core.adapters.kernels.weight_ops import effective_weight
+
+NUM_TENSORS = len(Projection._fields) - 1
+NUM_OTHERS = 5
+
+
+def fused_linears(x: Tensor, projections: Sequence[Projection], dropout: float = 0.0) -> tuple[Tensor, ...]:
+    """Return the outputs [..., out] of LoRA or DoRA layers that share x [..., in], in x's type.
+
+    The function of ``adapted_linear`` with its ``lowrank`` dropout, drawn here with probability ``dropout`` and one
+    mask for all. The two ways of computing it, see ``choose_form``, have their own error for half types: ``composed``
+    rounds the base product once more; ``merged`` rounds the weight without bias, together up to twice the error of
+    one rounding of y. Kept for the backward pass beside x: one [tokens, r] and, for the gradient of the magnitude, the
+    output itself, which nobody may write to unseen by torch, or one [tokens, out]. A dropout mask is drawn again from
+    its seed, a formed weight formed again.
+    """
+    seed = torch.randint(2**31, (1,), device=x.device) if dropout > 0 else None
+    tensors = [tensor for projection in projections for tensor in projection[:NUM_TENSORS]]
+    if torch.compiler.is_compiling():
+        known, settings = None, tuple(projection.settings for projection in projections)
+    else:
+        known, settings = projections, None
+    leading = x.shape[:-1]
+    outputs = _FusedLinears.apply(x.reshape(-1, x.shape[-1]), seed, dropout, known, settings, *tensors)
+    return tuple(y.view(*leading, y.shape[-1]) for y in outputs)
+
+
+class _FusedLinears(torch.autograd.Function):
+    """y_i = g_i (x W_i^T + s_i drop(x) A_i^T B_i^T) + bias_i for x [T, in]."""
+
+    @staticmethod
+    def forward(ctx, x, seed, dropout, projections, settings, *tensors):
+        # Parameters and norms live on anyway: saving them would cost activation checkpointing two calls for each.
+        # Only while tracing, ``projections`` is None and they must be saved.
+        ctx.known, saved = projections, tensors if projections is None else ()
+        projections = projections or _projections(tensors, settings)
+        needs = _grouped(ctx.needs_input_grad[NUM_OTHERS:])
+        forms = [_forward_form(p, x, seed, need[4]) for p, need in zip(projections, needs, strict=True)]
+        hidden = _hidden(x, projections, seed, dropout) if "composed" in forms else None
+        dtype = x.dtype
+        outputs, kept = [], []
+        for p, form, need, low in zip(projections, forms, needs, _slices(hidden, projections), strict=True):
+            bias, base = cast(p.bias, dtype), None
+            if form == "merged":
+                y = F.linear(x, _formed(p, dtype), bias)
+            elif p.settings.untouched:  # the base layer's own kernel, so that the result is its result bit for bit
+                y = F.linear(x, cast(p.weight, dtype), bias)
+                if bias is not None:
+                    base = F.linear(x, cast(p.weight, dtype))
+            else:
+                base = F.linear(x, cast(p.weight, dtype))
+                y = compose(base, low, p.lora_B, p.magnitude, p.norm, bias, p.settings.scale)
+            outputs.append(y)
+            kept.append((y if base is None else base) if _keeps_output(p, need[4]) else None)
+        trains_low_rank = any(need[2] or need[3] for need in needs)
+        keeps_x = trains_low_rank or any(p.settings.full_norm for p in projections)
+        ctx.save_for_backward(x if keeps_x else None, seed, hidden if keeps_x else None, *kept, *saved)
+        ctx.versions = None if saved else _versions(tensors)
+        ctx.kept_is_output = [y is each for y, each in zip(outputs, kept, strict=True)]
+        ctx.options = (dropout, settings, x.dtype)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        dropout, settings, dtype = ctx.options
+        x, seed, hidden, *rest = ctx.saved_tensors
+        kept = rest[: len(dys)]
+        projections = ctx.known or _projections(rest[len(dys) :], settings)
+        if ctx.known and ctx.versions != _versions([tensor for p in projections for tensor in p[:NUM_TENSORS]]):
+            raise RuntimeError(
+                "A parameter of an adapted layer was modified in place between its forward and its backward pass. "
+                "Step the optimizer after the backward pass."
+            )
+        needs = _grouped(ctx.needs_input_grad[NUM_OTHERS:])
+        need_x = ctx.needs_input_grad[0]
+        merged = seed is None and _backward_form(projections, dys[0].shape[0]) == "merged"
+        if hidden is None and x is not None:
+            hidden = _hidden(x, projections, seed, dropout)
+        dx, us, grads, norm_parts = None, [], [], {}
+        for i, (p, need, low) in enumerate(zip(projections, needs, _slices(hidden, projections), strict=True)):
+            dy = cast(dys[i], dtype)
+            full_norm = p.settings.full_norm and p.rank > 0
+            formed = _formed(p, dtype) if (merged and need_x) or full_norm else None
+            projected = torch.mm(formed, cast(p.lora_A, dtype).t()) if full_norm else None
+            gained = p.magnitude is not None and not merged
+            gained_dy, dB, dm, weighted_B = output_gradients(
+                dy, kept[i], low, p.lora_B, p.magnitude, p.norm, projected, p.settings.scale, ctx.kept_is_output[i],
+                gained,
+            )  # fmt: skip
+            gained_dy = gained_dy if gained else dy
+            if low is not None:
+                us.append(_u(p, gained_dy, is_gained=not merged))
+            if full_norm:
+                norm_parts[i] = transposed_product(weighted_B, formed, torch.float32)
+            if need_x:
+                factors = (dy, formed) if merged else (gained_dy, cast(p.weight, dtype))
+                dx = torch.mm(*factors) if dx is None else dx.addmm_(*factors)
+            d_bias = dy.sum(0, dtype=torch.float32).to(p.bias.dtype) if need[1] else None
+            grads.append(
+                [
+                    None,
+                    d_bias,
+                    None,
+                    dB if need[3] else None,
+                    dm if need[4] else None,
+                    None,
+                ]
+            )
+        if us:
+            u = us[0] if len(us) == 1 else torch.cat(us, 1)
+            if need_x and seed is not None:
+                dx = compose(
+                    dx,
+                    u,
+                    _stacked_a(projections, dtype).t(),
+                    None,
+                    None,
+                    None,
+                    1.0,
+                    seed,
+                    dropout,
+                )
+            elif need_x and not merged:
+                dx.addmm_(u, _stacked_a(projections, dtype))
+            if any(need[2] for need in needs):
+                _give_gradients_of_a(grads, norm_parts, projections, x, u, seed, dropout)
+        return (dx, None, None, None, None, *(grad for each in grads for grad in each))
+
+
+def _give_gradients_of_a(grads, norm_parts, projections, x, u, seed, dropout) -> None:
+    ranked = [(i, p) for i, p in enumerate(projections) if p.rank]
+    dtype = ranked[0][1].lora_A.dtype
+    dA = transposed_product(u, x, dtype) if seed is None else dropped_gradient(x, u, seed, dropout)
+    for (i, p), part in zip(ranked, dA.split([p.rank for _, p in ranked]), strict=True):
+        grads[i][2] = (part + norm_parts[i] if i in norm_parts else part).to(p.lora_A.dtype)
+
+
+def _projections(tensors: Sequence[Tensor | None], settings: Sequence) -> list[Projection]:
+    return [Projection(*each, own) for each, own in zip(_grouped(tensors), settings, strict=True)]
+
+
+def _grouped(values: Sequence) -> list[Sequence]:
+    return [values[start : start + NUM_TENSORS] for start in range(0, len(values), NUM_TENSORS)]
+
+
+def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def _keeps_output(p: Projection, need_m: bool) -> bool:
+    return p.magnitude is not None and (need_m or (p.settings.full_norm and p.rank > 0))
+
+
+def _forward_form(p: Projection, x: Tensor, seed: Tensor | None, need_m: bool) -> Form:
+    keeps = _keeps_output(p, need_m)
+    # A formed weight cannot have dropout. The magnitude's gradient needs the output as it was, without the bias, and
+    # more range than fp16's where the gain is small.
+    impossible = keeps and (p.bias is not None or x.dtype == torch.float16)
+    if seed is not None or impossible or p.settings.untouched:
+        return "composed"
+    return p.settings.form or choose_form(x.shape[0], p.weight.shape[1], p.weight.shape[0], p.rank)
+
+
+def _backward_form(projections: Sequence[Projection], num_tokens: int) -> Form:
+    if any(p.settings.full_norm for p in projections):
+        return "merged"  # the weight is needed in any case
+    widest = projections[0]
+    for p in projections:
+        widest = p if p.weight.shape[0] > widest.weight.shape[0] else widest
+    return widest.settings.form or choose_backward_form(num_tokens, *reversed(widest.weight.shape), widest.rank)
+
+
+def _formed(p: Projection, dtype: torch.dtype) -> Tensor:
+    return effective_weight(p.weight, p.lora_A, p.lora_B, p.magnitude, p.norm, p.settings.scale, dtype)
+
+
+def _stacked_a(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor:
+    factors = [p.lora_A for p in projections if p.lora_A is not None]
+    return cast(factors[0] if len(factors) == 1 else torch.cat(factors), dtype)
+
+
+def _hidden(x: Tensor, projections: Sequence[Projection], seed: Tensor | None, dropout: float) -> Tensor | None:
+    """drop(x) [A_1; A_2; ...]^T [T, sum of ranks]."""
+    if not any(p.rank for p in projections):
+        return None
+    stacked = _stacked_a(projections, x.dtype)
+    return torch.mm(x, stacked.t()) if seed is None else dropped_product(x, stacked, seed, dropout)
+
+
+def _slices(hidden: Tensor | None, projections: Sequence[Projection]) -> list[Tensor | None]:
+    if hidden is None:
+        return [None] * len(projections)
+    if len(projections) == 1:
+        return [hidden]
+    parts = iter(hidden.split_with_sizes([p.rank for p in projections if p.rank], 1))
+    return [next(parts) if p.rank else None for p in projections]
+
+
+def _u(p: Projection, dy: Tensor, *, is_gained: bool) -> Tensor:
+    """s (g dy) B [T, r] from g dy, or from dy itself."""
+    if is_gained or p.magnitude is None:
+        factor = cast(p.lora_B, dy.dtype)
+    else:
+        factor = effective_weight(p.lora_B, None, None, p.magnitude, p.norm, 1.0, dy.dtype)
+    return torch.addmm(dy.new_empty(()), dy, factor, beta=0, alpha=p.settings.scale)

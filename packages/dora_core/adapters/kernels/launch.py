@@ -1,0 +1,133 @@
+"""Launching Triton kernels at little cost: a training step launches hundreds of them, each for tens of microseconds."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+MAX_KNOWN = 4096
+"""Sets of arguments that a kernel remembers; batches of ever new lengths would make ever more."""
+_DTYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+}
+
+
+class Kernel:
+    """A Triton kernel whose parameters are pointers, then numbers, then constants (in capitals).
+
+    Triton looks at every argument of every launch to find the code that was compiled for its like. Here that is done
+    once for arguments that agree in all that the code may depend on; what was compiled is then launched directly.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self._constants = [name for name in inspect.signature(function.fn).parameters if name.isupper()]
+        self._compiled: dict[tuple, Any] = {}
+
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        tensors: tuple[Tensor | None, ...],
+        numbers: tuple,
+        constants: tuple,
+    ) -> None:
+        """Launch ``grid`` programs on the device of the first tensor, which must be the current one.
+
+        ``constants`` are in the order of the kernel's signature, for example from ``in_order``.
+        """
+        if INTERPRETED:
+            self._function[grid](*tensors, *numbers, *constants)
+            return
+        addresses = 0
+        for tensor in tensors:
+            if tensor is not None:
+                addresses |= tensor.data_ptr()
+        types = [None if tensor is None else tensor.dtype for tensor in tensors]
+        key = (tensors[0].device.index, addresses & 15, numbers, constants, *types)
+        compiled = self._compiled.get(key) if not addresses & 15 else None
+        if compiled is not None:
+            compiled[grid](*tensors, *numbers, *constants)
+            return
+        if len(self._compiled) > MAX_KNOWN:
+            self._compiled.clear()
+        self._compiled[key] = self._function[grid](*tensors, *numbers, *constants, num_warps=4)
+
+    def in_order(self, **constants: Any) -> tuple:
+        """Return constants in the order of the kernel's signature."""
+        return tuple(constants[name] for name in self._constants)
+
+
+def operand(*dtypes: torch.dtype) -> dict[str, Any]:
+    """Return the type that ``tl.dot`` multiplies in; fp32 in three TF32 products, which keep its precision."""
+    dtype = dtypes[0] if len(set(dtypes)) == 1 else torch.float32
+    if INTERPRETED and dtype == torch.bfloat16:  # which the interpreter cannot multiply
+        dtype = torch.float32
+    return {
+        "OPERAND": _DTYPES[dtype],
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+    }
+
+
+def split(length: int, block: int, num_others: int, num_programs: int) -> tuple[int, int]:
+    """Return parts of ``length``, of whole blocks, for about ``num_programs`` programs in all; and a part's length."""
+    parts = max(1, min(num_programs // max(1, num_others), cdiv(length, block)))
+    per_part = cdiv(cdiv(max(1, length), parts), block) * block
+    return cdiv(max(1, length), per_part), per_part
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return an uninitialised tensor on the device of another."""
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def cdiv(length: int, block: int) -> int:
+    """Return how many blocks cover a length."""
+    return -(-length // block)
+
+
+def rank_block(rank: int) -> int:
+    """Return the width of the tiles that a rank is taken in: a power of two that ``tl.dot`` can multiply."""
+    return min(64, max(16, 1 << (rank - 1).bit_length())) if rank else 16
+
+
+def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return a tensor, if any, in ``dtype``."""
+    return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """Return a tensor, if any, with its rows one after the other."""
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+
+
+_counters: dict[tuple, Tensor] = {}
+
+
+def counters(device: torch.device, number: int) -> Tensor:
+    """Return zeros for ``comes_last``, which leaves them so: a tensor for each stream, whose kernels run in turn."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    found = _counters.get((device, stream))
+    if found is None or found.numel() < number:
+        found = _counters[device, stream] = torch.zeros(max(1024, number), dtype=torch.int32, device=device)
+    return found
+
+
+def dropout_threshold(dropout: float) -> int:
+    """Return which of 2^32 numbers drop an element."""
+    return round(dropout * 2**32)
+
+
+def with_unit_stride(matrix: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """Return the matrix with adjacent columns next to each other, its rank (columns) and the stride of its rows."""
+    if matrix is None:
+        return None, 0, 0
+    matrix = matrix if matrix.stride(1) == 1 else matrix.contiguous()
+    return matrix, matrix.shape[1], matrix.stride(0)

@@ -1,0 +1,36 @@
+"""The namespace ``torch.ops.dora_core``, in which ``torch.compile`` traces the fused kernels without a graph break."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+LIBRARY = Library("dora_core", "DEF")
+
+
+def register(schema: str, function: Callable, fake: Callable) -> Callable:
+    """Make ``function`` the operator ``schema`` on every device, with ``fake`` as the rule for its result's shape.
+
+    Returns what to call: the operator while ``torch.compile`` traces, else the function itself.
+    """
+
+    name = schema.partition("(")[0]
+
+    @wraps(function)
+    def call(first: Tensor, *others):
+        if torch.compiler.is_compiling():  # the dispatcher would cost as much as a launch; only tracing needs it
+            return operator(first, *others)
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return function(first, *others)
+        return function(first, *others)
+
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dora_core::{name}", fake, lib=LIBRARY)
+    operator = getattr(torch.ops.dora_core, name).default
+    return call

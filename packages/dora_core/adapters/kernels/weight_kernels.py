@@ -1,0 +1,124 @@
+"""Triton kernels that go over a weight: its row norms, and g (W + s B A)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dora_core.adapters.kernels.tiles import (
+    comes_last,
+    gain_of_formed_weight,
+    left_factor,
+    low_rank_product,
+    mixed,
+    right_factor,
+)
+
+
+@triton.jit
+def row_norm_kernel(
+    weight_ptr, a_ptr, b_ptr, part_ptr, norm_ptr, counter_ptr, num_rows, num_columns, columns_per_part, scale,
+    stride_w, stride_wc,
+    RANK: tl.constexpr, NUM_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """norm [num_rows] in fp32, from part [p, num_rows] in fp64: the squares of V over one part of the columns."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = rows < num_rows
+    if RANK > 0:
+        k = tl.arange(0, BLOCK_R)
+        b = left_factor(b_ptr, rows, k, row_mask, RANK, RANK, OPERAND)
+    first = tl.program_id(1) * columns_per_part
+    total = tl.zeros([BLOCK_M], tl.float64)
+    for start in tl.range(
+        first,
+        tl.minimum(first + columns_per_part, num_columns),
+        BLOCK_N,
+        num_stages=STAGES,
+    ):
+        columns = start + tl.arange(0, BLOCK_N)
+        column_mask = columns < num_columns
+        v = tl.load(
+            weight_ptr + rows[:, None].to(tl.int64) * stride_w + columns[None, :] * stride_wc,
+            mask=row_mask[:, None] & column_mask[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        if RANK > 0:
+            if RANK <= BLOCK_R:
+                a = right_factor(a_ptr, columns, k, column_mask, 1, num_columns, RANK, OPERAND)
+                low = tl.dot(b, a, input_precision=PRECISION)
+            else:
+                low = low_rank_product(
+                    b_ptr, a_ptr, rows, columns, row_mask, column_mask, RANK, 1, num_columns,
+                    RANK, BLOCK_R, OPERAND, PRECISION,
+                )  # fmt: skip
+            v += scale * low
+        wide = v.to(tl.float64)
+        total += tl.sum(wide * wide, 1)
+    tl.store(part_ptr + tl.program_id(1) * num_rows + rows, total, mask=row_mask)
+    if comes_last(counter_ptr + tl.program_id(0), NUM_PARTS):
+        total = tl.zeros([BLOCK_M], tl.float64)
+        for part in tl.static_range(NUM_PARTS):
+            total += tl.load(
+                part_ptr + part * num_rows + rows,
+                mask=row_mask,
+                other=0.0,
+                cache_modifier=".cg",
+            )
+        tl.store(norm_ptr + rows, tl.sqrt(total).to(tl.float32), mask=row_mask)
+
+
+@triton.jit
+def effective_weight_kernel(
+    weight_ptr, a_ptr, b_ptr, magnitude_ptr, norm_ptr, out_ptr, num_rows, num_columns, columns_per_part, scale,
+    stride_w, stride_wc,
+    RANK: tl.constexpr, HAS_MAGNITUDE: tl.constexpr, DITHER: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out [num_rows, num_columns] = g (W + s B A), summed in fp32 and rounded once.
+
+    ``DITHER`` rounds to bf16 up or down with a pseudo-random threshold that belongs to the element's place. A plain
+    rounding would return W itself while g - 1 and s B A are below half a unit in the last place of every element (up
+    to 0.4 %): the layer would not notice small magnitudes and updates at all, whereas here their sum over a row is
+    right on average. What is representable, as a fresh layer's weight, is never changed.
+    """
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = rows < num_rows
+    if RANK > 0:
+        k = tl.arange(0, BLOCK_R)
+        b = left_factor(b_ptr, rows, k, row_mask, RANK, RANK, OPERAND)
+    if HAS_MAGNITUDE:
+        g, _inverse = gain_of_formed_weight(magnitude_ptr, norm_ptr, rows, row_mask)
+    if DITHER:
+        row_bits = mixed(rows.to(tl.uint32) * 0x9E3779B1)
+    first = tl.program_id(1) * columns_per_part
+    for start in tl.range(
+        first,
+        tl.minimum(first + columns_per_part, num_columns),
+        BLOCK_N,
+        num_stages=STAGES,
+    ):
+        columns = start + tl.arange(0, BLOCK_N)
+        column_mask = columns < num_columns
+        mask = row_mask[:, None] & column_mask[None, :]
+        place = rows[:, None].to(tl.int64) * stride_w + columns[None, :] * stride_wc
+        v = tl.load(weight_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        if RANK > 0:
+            if RANK <= BLOCK_R:
+                a = right_factor(a_ptr, columns, k, column_mask, 1, num_columns, RANK, OPERAND)
+                low = tl.dot(b, a, input_precision=PRECISION)
+            else:
+                low = low_rank_product(
+                    b_ptr, a_ptr, rows, columns, row_mask, column_mask, RANK, 1, num_columns,
+                    RANK, BLOCK_R, OPERAND, PRECISION,
+                )  # fmt: skip
+            v += scale * low
+        if HAS_MAGNITUDE:
+            v *= g[:, None]
+        if DITHER:
+            threshold = (row_bits[:, None] ^ mixed(columns.to(tl.uint32) * 0x85EBCA77)[None, :]) & 0xFFFF
+            rounded = ((v.to(tl.uint32, bitcast=True) + threshold) & 0xFFFF0000).to(tl.float32, bitcast=True)
+            v = tl.where(v == v, rounded, v)
+        out = out_ptr + rows[:, None].to(tl.int64) * num_columns + columns[None, :]
+        tl.store(out, v.to(out_ptr.dtype.element_ty), mask=mask)

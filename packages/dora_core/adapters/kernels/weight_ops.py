@@ -1,0 +1,119 @@
+"""Operators on a frozen weight W [out, in] with its low-rank factors: row norms, and g (W + s B A)."""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+from dora_core.adapters.kernels import weight_kernels
+from dora_core.adapters.kernels.launch import (
+    MAX_KNOWN,
+    Kernel,
+    cdiv,
+    contiguous,
+    counters,
+    empty,
+    operand,
+    rank_block,
+    split,
+)
+from dora_core.adapters.kernels.library import register
+
+ONE_BLOCK_RANK = 64
+"""Up to this rank one tile of A and B holds all of it, and programs walk along their rows of W."""
+_NUM_PROGRAMS = 528
+
+_row_norm_kernel = Kernel(weight_kernels.row_norm_kernel)
+_effective_weight_kernel = Kernel(weight_kernels.effective_weight_kernel)
+
+
+@cache
+def _row_norm_plan(num_rows: int, num_columns: int, rank: int, *dtypes: torch.dtype) -> tuple:
+    block_n, stages = (64, 2) if rank <= 2 * ONE_BLOCK_RANK else (128, 1)
+    row_blocks = cdiv(num_rows, 64)
+    parts, per_part = split(num_columns, block_n, row_blocks, _NUM_PROGRAMS)
+    constants = _row_norm_kernel.in_order(
+        RANK=rank,
+        NUM_PARTS=parts,
+        BLOCK_M=64,
+        BLOCK_N=block_n,
+        BLOCK_R=rank_block(rank),
+        STAGES=stages,
+        **operand(*dtypes),
+    )
+    return row_blocks, parts, per_part, constants
+
+
+def _row_norm(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scale: float) -> Tensor:
+    lora_A, lora_B = contiguous(lora_A), contiguous(lora_B)
+    num_rows, num_columns = weight.shape
+    dtypes = (torch.float32,) if lora_A is None else (lora_A.dtype, lora_B.dtype)
+    rank = 0 if lora_A is None else lora_A.shape[0]
+    row_blocks, parts, per_part, constants = _row_norm_plan(num_rows, num_columns, rank, *dtypes)
+    part, norm = (
+        empty(weight, parts, num_rows, dtype=torch.float64),
+        empty(weight, num_rows),
+    )
+    numbers = (num_rows, num_columns, per_part, float(scale), *weight.stride())
+    tensors = (weight, lora_A, lora_B, part, norm, counters(weight.device, row_blocks))
+    _row_norm_kernel((row_blocks, parts, 1), tensors, numbers, constants)
+    return norm
+
+
+row_norm = register(
+    "row_norm(Tensor weight, Tensor? lora_A, Tensor? lora_B, float scale) -> Tensor",
+    _row_norm,
+    lambda weight, lora_A, lora_B, scale: empty(weight, weight.shape[0]),
+)
+"""n [out] in fp32, the row norms of W + s B A [out, in]. Squares are summed in fp64, as by the plain ``row_norm``."""
+
+
+@lru_cache(MAX_KNOWN)
+def _effective_weight_plan(
+    num_rows: int, num_columns: int, rank: int, has_magnitude: bool, dtype: torch.dtype
+) -> tuple:
+    block_m = 64 if rank > ONE_BLOCK_RANK else 32
+    row_blocks = cdiv(num_rows, block_m)
+    num_programs = 2 * _NUM_PROGRAMS if rank <= ONE_BLOCK_RANK else row_blocks * cdiv(num_columns, 128)
+    parts, per_part = split(num_columns, 128, row_blocks, num_programs)
+    constants = _effective_weight_kernel.in_order(
+        RANK=rank,
+        HAS_MAGNITUDE=has_magnitude,
+        DITHER=dtype == torch.bfloat16,
+        BLOCK_M=block_m,
+        BLOCK_N=128,
+        BLOCK_R=rank_block(rank),
+        STAGES=3,
+        **operand(dtype),
+    )
+    return (row_blocks, parts, 1), per_part, constants
+
+
+def _effective_weight(
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    magnitude: Tensor | None,
+    norm: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    lora_A, lora_B = contiguous(lora_A), contiguous(lora_B)
+    num_rows, num_columns = weight.shape
+    rank = 0 if lora_A is None else lora_A.shape[0]
+    grid, per_part, constants = _effective_weight_plan(num_rows, num_columns, rank, magnitude is not None, dtype)
+    out = weight.new_empty((num_rows, num_columns), dtype=dtype)
+    numbers = (num_rows, num_columns, per_part, float(scale), *weight.stride())
+    _effective_weight_kernel(grid, (weight, lora_A, lora_B, magnitude, norm, out), numbers, constants)
+    return out
+
+
+effective_weight = register(
+    "effective_weight(Tensor weight, Tensor? lora_A, Tensor? lora_B, Tensor? magnitude, Tensor? norm, float scale, "
+    "ScalarType dtype) -> Tensor",
+    _effective_weight,
+    lambda weight, lora_A, lora_B, magnitude, norm, scale, dtype: empty(weight, *weight.shape, dtype=dtype),
+)
+"""g (W + s B A) [out, in] in ``dtype``; bf16 is rounded without bias, see ``effective_weight_kernel``."""

@@ -1,0 +1,295 @@
+"""Adapted layers on the fused kernels: what they keep, reuse and share, and how they are chosen."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dora_core.adapters import AdapterConfig, DoRALinear, LoRALinear, apply_adapters, reuse_norms
+from dora_core.adapters.kernels import (
+    choose_backward_form,
+    choose_form,
+    dispatch,
+    fused,
+    gradient_ops,
+    token_ops,
+    weight_ops,
+)
+from dora_core.adapters.kernels.cost import Form
+
+
+class Block(nn.Module):
+    """Four projections: q, k, v of one input, and one of their sum."""
+
+    def __init__(self, kind: type[LoRALinear] = DoRALinear, **options):
+        super().__init__()
+        for number, name in enumerate(("q_proj", "k_proj", "v_proj", "o_proj")):
+            torch.manual_seed(number)
+            layer = kind(nn.Linear(16, 16, bias=False), 4, 8.0, **options)
+            nn.init.normal_(layer.lora_B, std=0.1)
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.o_proj(torch.tanh(self.q_proj(x) * self.k_proj(x)) + self.v_proj(x))
+
+
+@pytest.fixture
+def sizes(monkeypatch) -> list[int]:
+    """How many layers each fused call computes."""
+    seen: list[int] = []
+    original = fused.fused_linears
+
+    def spy(x, projections, dropout=0.0):
+        seen.append(len(projections))
+        return original(x, projections, dropout)
+
+    monkeypatch.setattr(fused, "fused_linears", spy)
+    return seen
+
+
+def train(model: nn.Module, num_steps: int = 4, *, checkpointed: bool = False, device: str = "cpu") -> list[float]:
+    model.to(device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    x = torch.randn(6, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    losses = []
+    with reuse_norms(model):
+        for _ in range(num_steps):
+            for _ in range(2):
+                inner = x.clone().requires_grad_()
+                y = checkpoint(model, inner, use_reentrant=False) if checkpointed else model(inner)
+                loss = y.square().mean()
+                loss.backward()
+                losses.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+    return losses
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_training_is_that_of_the_plain_path_with_one_norm_a_step(checkpointed, sizes, device):
+    plain, own = Block(kernel="plain"), Block(kernel="fused")
+    expected = train(plain, checkpointed=checkpointed, device=device)
+    assert train(own, checkpointed=checkpointed, device=device) == pytest.approx(expected, rel=1e-5)
+    assert [layer.num_norms_computed for layer in own.children()] == [4] * 4
+    assert sizes[:4] == [1] * 4 and sizes[-2:] == [3, 1]  # the first step sees who shares an input
+
+
+def test_siblings_with_other_inputs_are_computed_alone(sizes, device):
+    class Cross(Block):
+        def forward(self, x):
+            other = torch.flip(x, (0,))
+            return self.o_proj(torch.tanh(self.q_proj(x) * self.k_proj(other)) + self.v_proj(other))
+
+    expected = train(Cross(kernel="plain"), device=device)
+    assert train(Cross(kernel="fused"), device=device) == pytest.approx(expected, rel=1e-5)
+    assert sizes[-3:] == [1, 2, 1]
+
+
+def test_a_sibling_that_no_longer_comes_is_no_longer_expected(sizes, device):
+    block = Block(kernel="fused").to(device)
+    x = torch.randn(3, 16, device=device)
+    with reuse_norms(block) as reuse:
+        for skips in (False, True, True):
+            block.q_proj(x), block.k_proj(x)
+            if not skips:
+                block.v_proj(x)
+            reuse.parameters_changed()
+            x = x.clone()
+    assert sizes == [1, 1, 1, 3, 2]
+
+
+def test_an_edit_between_two_siblings_reaches_the_second(device):
+    block = Block(kernel="fused").to(device)
+    x = torch.randn(3, 16, device=device)
+    with reuse_norms(block) as reuse, torch.no_grad():
+        block.q_proj(x), block.k_proj(x)
+        reuse.parameters_changed()
+        block.q_proj(x)
+        block.k_proj.lora_B.mul_(2)
+        second = block.k_proj(x)
+    torch.testing.assert_close(second, block.k_proj(x))
+
+
+def test_inner_blocks_leave_the_outer_ones_sharing(device):
+    block = Block(kernel="fused").to(device)
+    with reuse_norms(block):
+        outer = block.q_proj.shared_input
+        with reuse_norms(block):
+            assert block.q_proj.shared_input is outer
+        assert block.q_proj.shared_input is outer is not None
+        assert copy.deepcopy(block).q_proj.shared_input is None
+    assert block.q_proj.shared_input is None
+
+
+@pytest.mark.parametrize("how", ["in place", "data", "load", "gathered"])
+def test_changed_parameters_change_the_norm(how, device):
+    layer = Block(kernel="fused").q_proj.to(device)
+    x = torch.randn(5, 16, device=device)
+    with torch.no_grad(), reuse_norms(layer) as reuse:
+        before = layer(x)
+        if how == "in place":
+            layer.lora_A.mul_(3)
+        elif how == "data":
+            layer.lora_A.data.mul_(3)
+            reuse.parameters_changed()
+        elif how == "load":
+            layer.load_state_dict({name: 3 * t if name == "lora_A" else t for name, t in layer.state_dict().items()})
+        else:  # ZeRO-3 puts other storage behind the parameter, and its optimizer announces the step
+            layer.lora_A.data = 3 * layer.lora_A.data
+            reuse.parameters_changed()
+        after = layer(x)
+    assert not torch.equal(before, after)
+    layer.kernel = "plain"
+    torch.testing.assert_close(after, layer(x))
+
+
+@pytest.mark.parametrize("form", ["merged", "composed"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
+def test_what_is_kept_for_the_backward_pass(form, dropout, kind, device, monkeypatch):
+    monkeypatch.setattr(fused, "choose_form", lambda *_: form)
+    num_tokens, in_features, out_features, rank = 40, 64, 96, 4
+    layer = kind(nn.Linear(in_features, out_features, bias=False), rank, 8.0, dropout=dropout, kernel="fused")
+    nn.init.normal_(layer.lora_B)
+    layer.to(device)
+    x = torch.randn(num_tokens, in_features, device=device, requires_grad=True)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        y = layer(x)
+    beyond = sum(t.numel() for t in saved if t.data_ptr() not in (x.data_ptr(), y.data_ptr()))
+    small = num_tokens * rank + 1  # hidden, and the seed of the dropout mask
+    one_output = num_tokens * out_features if kind is DoRALinear and (form == "composed" or dropout) else 0
+    assert beyond <= one_output + small
+    assert all(t.numel() < in_features * out_features for t in saved)
+    y.sum().backward()
+
+
+def test_dropout_drops_the_input_of_the_low_rank_path(device):
+    features, p = 64, 0.25
+    layer = LoRALinear(nn.Linear(features, features, bias=False), features, 1.0 * features, dropout=p, kernel="fused")
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.lora_A.copy_(torch.eye(features))
+        layer.lora_B.copy_(torch.eye(features))
+    layer.to(device)
+    x = (torch.rand(300, features, device=device) + 0.5).requires_grad_()
+    torch.manual_seed(3)
+    y = layer(x)
+    mask = (y / x).detach()
+    kept = mask > 0.5
+    torch.testing.assert_close(mask[kept], torch.full_like(mask[kept], 1 / (1 - p)), rtol=1e-3, atol=0)
+    assert abs(kept.float().mean().item() - (1 - p)) < 0.01
+    assert (kept.float().mean(0) - (1 - p)).abs().max() < 0.15 and (kept.float().mean(1) - (1 - p)).abs().max() < 0.25
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    torch.testing.assert_close(x.grad, dy * mask, rtol=2e-3, atol=1e-5)
+    torch.testing.assert_close(layer.lora_A.grad, dy.t() @ (x.detach() * mask), rtol=2e-3, atol=1e-3)
+    torch.testing.assert_close(layer.lora_B.grad, dy.t() @ (x.detach() * mask), rtol=2e-3, atol=1e-3)
+    torch.manual_seed(3)
+    assert torch.equal(layer(x), y)
+    assert not torch.equal(layer(x), y)
+    assert torch.equal(layer.eval()(x), layer(x))
+
+
+def test_dropout_with_a_magnitude_is_the_plain_ones_on_average(device):
+    layer = DoRALinear(nn.Linear(16, 8, bias=True), 4, 8.0, dropout=0.2, kernel="fused")
+    nn.init.normal_(layer.lora_B, std=0.3)
+    layer.to(device)
+    x = torch.randn(1, 16, device=device).expand(4000, 16)
+    mean = layer(x).mean(0)
+    torch.testing.assert_close(mean, layer.eval()(x[:1])[0], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_fresh_layer_returns_the_base_layers_output_bit_for_bit(dtype, bias, device):
+    base = nn.Linear(48, 40, bias=bias).to(device, dtype)
+    x = torch.randn(7, 48, device=device, dtype=dtype)
+    expected = base(x)
+    layer = DoRALinear(base, 4, 8.0, kernel="fused")
+    assert torch.equal(layer(x), expected)
+    layer._known_touched = True  # as in a compiled graph, which does not look
+    torch.testing.assert_close(layer(x), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_compiling_breaks_no_graph(device):
+    for bias in (False, True):
+        base = nn.Linear(24, 32, bias=bias)
+        layer = DoRALinear(base, 4, 8.0, kernel="fused", dropout=0.0).to(device)
+        nn.init.normal_(layer.lora_B, std=0.1)
+        x = torch.randn(6, 24, device=device, requires_grad=True)
+        leaves = [x, layer.lora_A, layer.lora_B, layer.magnitude]
+        expected = layer(x)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(compiled, expected)
+        found = [torch.autograd.grad(y.square().sum(), leaves) for y in (compiled, expected)]
+        torch.testing.assert_close(found[0], found[1])
+
+
+def test_operators_are_registered_soundly(device):
+    x, weight = torch.randn(6, 8, device=device), torch.randn(10, 8, device=device)
+    a, b = torch.randn(3, 8, device=device), torch.randn(10, 3, device=device)
+    m, n, seed = torch.rand(10, device=device), torch.rand(10, device=device), torch.tensor([5], device=device)
+    hidden, y = x @ a.t(), x @ weight.t()
+    namespace = torch.ops.dora_core
+    for operator, arguments in (
+        (namespace.row_norm, (weight, a, b, 0.5)),
+        (namespace.effective_weight, (weight, a, b, m, n, 0.5, torch.float32)),
+        (namespace.compose, (y, hidden, b, m, n, None, 0.5)),
+        (namespace.output_gradients, (y, y, hidden, b, m, n, None, 0.5, True, True)),
+        (namespace.output_gradients, (y, None, hidden, b, None, None, None, 0.5, False, False)),
+        (namespace.dropped_product, (x, a, seed, 0.1)),
+        (namespace.dropped_gradient, (x, hidden, seed, 0.1)),
+    ):
+        torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    assert weight_ops.row_norm and token_ops.compose and gradient_ops.output_gradients  # registered by these modules
+
+
+def test_few_tokens_are_composed_and_many_merged():
+    for rule in (choose_form, choose_backward_form):
+        for in_features, out_features in ((4096, 4096), (4096, 11008), (11008, 4096), (768, 768)):
+            for rank in (1, 32, 384):
+                forms: list[Form] = [rule(2**n, in_features, out_features, rank) for n in range(22)]
+                assert forms[0] == "composed" and forms[-1] == "merged"
+                assert sorted(forms) == forms  # one turn
+
+
+def config(**settings) -> AdapterConfig:
+    return AdapterConfig(rank=2, alpha=4, targets=["0"], **settings)
+
+
+def model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8)).to(dtype)
+
+
+def test_the_report_says_which_kernels_and_why():
+    assert apply_adapters(model(), config(kernel="plain")).kernels == "plain, as adapter.kernel says"
+    said = apply_adapters(model(), config(kernel="fused")).kernels
+    assert said.startswith("fused, on ")
+    assert "kernels: fused, on " in str(apply_adapters(model(), config(kernel="fused")))
+    said = apply_adapters(model(torch.float64), config()).kernels
+    assert said == "plain, not the fused ones: they compute in bf16, fp16 and fp32, not in float64"
+    if not torch.cuda.is_available():
+        assert (
+            apply_adapters(model(), config()).kernels == "plain, not the fused ones: they run on CUDA, not on the cpu"
+        )
+
+
+def test_fused_where_it_cannot_run_is_an_error_that_says_why(monkeypatch):
+    with pytest.raises(ValueError, match=r"kernel is 'fused'.*not in float64.*kernel: auto"):
+        apply_adapters(model(torch.float64), config(kernel="fused"))
+    with pytest.raises(ValueError, match="dropout_mode update"):
+        apply_adapters(model(), config(kernel="fused", dropout=0.1, dropout_mode="update"))
+    layer = DoRALinear(nn.Linear(8, 8), 2, 4.0, kernel="fused")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    dispatch._why_not_fused.cache_clear()
+    try:
+        with pytest.raises(ValueError, match="they run on CUDA, not on the cpu"):
+            layer(torch.randn(2, 8))
+        assert not DoRALinear(nn.Linear(8, 8), 2, 4.0)._is_fused(torch.randn(2, 8))
+    finally:
+        dispatch._why_not_fused.cache_clear()
