@@ -72,6 +72,9 @@ class TrainSection:
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Type of the frozen weights and of the computation; what is trained is kept in fp32."""
     gradient_checkpointing: bool = True
+    liger: Literal["auto", "on", "off"] = "auto"
+    """Liger's Triton kernels, and a loss without whole logits. auto: on CUDA, whatever fits the model; on: an error
+    where nothing can be used."""
     eval_every: int | None = None
     """Evaluate the loss on the validation rows every this many steps, and at the end."""
     save_every: int | None = None

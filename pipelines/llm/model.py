@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from dora_core.config import ConfigError
 from dora_core.engine import pretrained
 from dora_core.engine.build import DTYPES, Engine
+from dora_core.engine.loss import summed_cross_entropy
 from pipelines.llm.config import ModelSection
 
 
@@ -45,7 +46,6 @@ def next_token_loss(engine: Engine, batch: dict[str, Tensor]) -> Tensor:
     ``batch`` holds ``input_ids`` and ``labels`` [B, S] and either ``attention_mask`` or ``position_ids`` [B, S].
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    # Without a cache and without a mask, transformers confines attention to where position_ids restart.
-    logits = engine(**inputs, use_cache=False).logits
     labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+    # The cache is off: without it and without a mask, transformers confines attention to where position_ids restart.
+    return summed_cross_entropy(engine, inputs, labels)

@@ -26,6 +26,7 @@ from dora_core.data.loader import StepLoader
 from dora_core.data.sampler import StepPlan
 from dora_core.engine.build import Engine, build_engine, recipe_groups
 from dora_core.engine.export import save_model
+from dora_core.engine.liger import use_liger
 from dora_core.engine.state import restore_weights
 from dora_core.engine.zero import resolve_zero
 from dora_core.training.metrics import plot_accuracies
@@ -52,6 +53,7 @@ def train(cfg: LLMConfig) -> None:
             model = load_model(cfg.model, cfg.train.precision, gradient_checkpointing=cfg.train.gradient_checkpointing)
         report = apply_adapters(model, cfg.adapter)
         run.say(report)
+        run.say(run.world.agree(lambda: use_liger(model, cfg.train, run.world.device)))
         engine = build_engine(model, recipe_groups(model, cfg.train), cfg.train, zero, run.world)
 
         plan = StepPlan(

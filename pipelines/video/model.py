@@ -6,13 +6,13 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import BartConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from dora_core.adapters.sharded import gathered
 from dora_core.config import ConfigError, require
 from dora_core.engine import pretrained
 from dora_core.engine.build import DTYPES, Engine
+from dora_core.engine.loss import summed_cross_entropy
 from dora_core.engine.zero import Zero
 from pipelines.video.config import ModelSection
 from pipelines.video.encode import EXTRA_TOKENS, NUM_VISUAL_TOKENS, add_extra_tokens
@@ -74,11 +74,7 @@ def load_vl_bart(
 def weighted_loss(engine: Engine, batch: dict[str, Tensor]) -> Tensor:
     """Return the cross-entropy of the batch's target tokens, in fp32, times their weights, *summed*."""
     names = ("input_ids", "attention_mask", "features", "feature_mask", "num_pictures", "decoder_input_ids")
-    logits = engine(**{name: batch[name] for name in names}, use_cache=False).logits
-    losses = F.cross_entropy(
-        logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=-100, reduction="none"
-    )
-    return (losses * batch["label_weights"].flatten()).sum()
+    return summed_cross_entropy(engine, {name: batch[name] for name in names}, batch["labels"], batch["label_weights"])
 
 
 def decoder_start(config: BartConfig) -> int:

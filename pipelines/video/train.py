@@ -21,6 +21,7 @@ from dora_core.adapters import apply_adapters, reuse_norms
 from dora_core.data.loader import StepLoader, batch_loader
 from dora_core.data.rows import DataError
 from dora_core.engine.build import Engine, build_engine, recipe_groups
+from dora_core.engine.liger import use_liger
 from dora_core.engine.state import restore_weights
 from dora_core.engine.zero import resolve_zero
 from dora_core.training.bad_rows import BadRows
@@ -63,6 +64,7 @@ def train(cfg: VideoConfig) -> None:
         precision = cfg.train.precision
         model = load_vl_bart(cfg.model, tokenizer, look.dim, precision, zero, gradient_checkpointing=checkpointing)
         run.say(apply_adapters(model, cfg.adapter))
+        run.say(world.agree(lambda: use_liger(model, cfg.train, device)))
         engine = build_engine(model, recipe_groups(model, cfg.train), cfg.train, zero, world)
 
         tasks = [each.task for each in train_data]

@@ -18,6 +18,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedC
 from dora_core.config import ConfigError
 from dora_core.engine import pretrained
 from dora_core.engine.build import DTYPES, Engine, recipe_groups
+from dora_core.engine.loss import summed_cross_entropy
 from dora_core.engine.zero import Zero
 from pipelines.vlm import original
 from pipelines.vlm.assemble import assemble
@@ -101,10 +102,7 @@ def instruction_loss(engine: Engine, batch: dict[str, Tensor]) -> Tensor:
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     places = (labels != -100).any(0).nonzero().squeeze(1)
-    logits = engine(**inputs, use_cache=False, logits_to_keep=places).logits
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), labels[:, places].flatten(), ignore_index=-100, reduction="sum"
-    )
+    return summed_cross_entropy(engine, inputs | {"logits_to_keep": places}, labels[:, places])
 
 
 def _load_whole(

@@ -23,6 +23,7 @@ from dora_core.data.loader import StepLoader, batch_loader
 from dora_core.data.rows import DataError
 from dora_core.data.sampler import StepPlan
 from dora_core.engine.build import DTYPES, Engine, build_engine
+from dora_core.engine.liger import use_liger
 from dora_core.engine.state import restore_weights
 from dora_core.engine.zero import resolve_zero
 from dora_core.training.bad_rows import BadRows
@@ -60,6 +61,7 @@ def train(cfg: VLMConfig) -> None:
         run.say(data_report)
         run.say(apply_adapters(model, cfg.adapter))
         run.say(f"the result will be: {what_is_trained(model)}")
+        run.say(run.world.agree(lambda: use_liger(model, cfg.train, run.world.device)))
         engine = build_engine(model, param_groups(model, cfg.train), cfg.train, zero, run.world)
 
         plan = StepPlan(

@@ -14,6 +14,7 @@ from dora_core.adapters.groups import parameter_groups, parameter_role
 from dora_core.adapters.merge import evaluation_mode
 from dora_core.config import TrainSection
 from dora_core.engine.distributed import World
+from dora_core.engine.loss import LossHead
 from dora_core.engine.optim import LossScale, lr_factor, make_optimizer, set_learning_rates
 from dora_core.engine.zero import Zero
 
@@ -39,6 +40,11 @@ class Engine:
     def module(self) -> nn.Module:
         """The model."""
         return self.deepspeed.module
+
+    @property
+    def loss_head(self) -> LossHead | None:
+        """What computes the loss without logits, where ``use_liger`` has put one into the model."""
+        return getattr(self.module, "loss_head", None)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

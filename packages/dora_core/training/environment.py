@@ -13,7 +13,17 @@ import torch
 
 from dora_core.evaluation.results import commit_hash
 
-_PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "safetensors", "datasets", "numpy", "dora-finetuning")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "deepspeed",
+    "liger-kernel",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "numpy",
+    "dora-finetuning",
+)
 
 
 def describe_environment(world_size: int) -> dict[str, Any]:
