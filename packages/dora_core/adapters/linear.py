@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -19,6 +19,10 @@ from dora_core.adapters.sharded import copy_local_part, full_shape, gathered, is
 def scale_of(rank: int, alpha: float, rslora: bool) -> float:
     """Return s: alpha / rank, or alpha / sqrt(rank) for rsLoRA; 0 without low-rank factors (rank 0)."""
     return alpha / (math.sqrt(rank) if rslora else rank) if rank else 0.0
+
+
+def _versions(tensors: Iterable[Tensor | None]) -> list[int]:
+    return [tensor._version for tensor in tensors if tensor is not None]
 
 
 class LoRALinear(nn.Module):
@@ -45,7 +49,8 @@ class LoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = full_shape(base.weight)
-        self.weight, self.bias = base.weight, base.bias
+        self.weight = base.weight
+        self.register_parameter("bias", base.bias)
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -57,7 +62,7 @@ class LoRALinear(nn.Module):
         """While ``reuse_norms`` is active: the ``SharedInput`` of layers that may be given the same tensor."""
         self.num_reuse_blocks = 0
         """How many ``reuse_norms`` blocks are open around this layer."""
-        self._known: tuple[tuple[int, ...], kernels.Projection] | None = None
+        self._known: tuple[list[int], kernels.Projection] | None = None
         self.enabled = True
         self.base_weight: Tensor | None = None
         """While merged: this rank's part of the base weight, on the CPU, so that unmerging is exact."""
@@ -119,23 +124,22 @@ class LoRALinear(nn.Module):
 
     def projection(self, compute_norm: Callable[..., Tensor] = kernels.row_norm) -> kernels.Projection:
         """Return the layer's tensors and settings, with the norm; while ``reuse_norms`` is active, the last ones."""
-        tensors = (self.weight, self.bias, self.lora_A, self.lora_B, self.magnitude)
+        own = self._parameters  # attributes of a module take longer to find
+        tensors = (own["weight"], own["bias"], own["lora_A"], own["lora_B"], own["magnitude"])
         if not self.num_reuse_blocks or torch.compiler.is_compiling():  # a graph holds no state
             return self._projection(tensors, compute_norm)
         # reuse_norms says when an optimizer stepped. Versions only add what they do notice, edits in place
         # and replaced tensors; they miss fused optimizers and writes through .data, so alone they prove nothing.
-        versions = self.versions()
+        versions = _versions(tensors)
         if self._known is not None:
             known_versions, known = self._known
-            if known_versions == versions and all(a is b for a, b in zip(known, tensors, strict=False)):
+            if known_versions == versions and all([a is b for a, b in zip(known, tensors, strict=False)]):
                 return known
         projection = self._projection(tensors, compute_norm)
         self._known = (versions, projection)
         return projection
 
-    def _projection(
-        self, tensors: tuple[Tensor | None, ...], compute_norm: Callable[..., Tensor]
-    ) -> kernels.Projection:
+    def _projection(self, tensors: tuple, compute_norm: Callable[..., Tensor]) -> kernels.Projection:
         norm = self._norm(compute_norm)
         settings = kernels.Settings(self._scale, self._full_norm_gradient, self._untouched(norm))
         return kernels.Projection(*tensors, norm, settings)
@@ -144,10 +148,9 @@ class LoRALinear(nn.Module):
         """Forget what was computed from the parameters: they changed."""
         self._known = None
 
-    def versions(self) -> tuple[int, ...]:
+    def versions(self) -> list[int]:
         """Return how often torch saw each parameter change."""
-        parts = (self.weight, self.lora_A, self.lora_B, self.magnitude)
-        return tuple([part._version for part in parts if part is not None])
+        return _versions(self._parameters.values())
 
     def can_share(self) -> bool:
         """Whether a sibling's call can compute this layer: ZeRO-3 gathers a layer's weights for its own call alone."""

@@ -28,7 +28,7 @@ class SharedInput:
         self._first: LoRALinear | None = None
         self._x: Callable[[], Tensor | None] = lambda: None
         self._given: tuple = ()
-        self._outputs: dict[LoRALinear, tuple[Tensor, tuple[int, ...]]] = {}
+        self._outputs: dict[LoRALinear, tuple[Tensor, list[int]]] = {}
         for layer in layers:
             layer.shared_input = self
 
@@ -38,7 +38,7 @@ class SharedInput:
         """Return the output of ``layer`` for x; ``compute`` gives those of several layers for the same x."""
         given = (x._version, torch.is_grad_enabled(), layer.training)
         if x is self._x() and given == self._given and layer is not self._first:
-            output, versions = self._outputs.pop(layer, (None, ()))
+            output, versions = self._outputs.pop(layer, (None, []))
             if output is not None and versions == layer.versions():
                 return output
             self._seen[self._first].append(layer)

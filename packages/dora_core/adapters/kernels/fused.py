@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -36,16 +37,16 @@ def fused_linears(x: Tensor, projections: Sequence[Projection], dropout: float =
         known, settings = None, tuple(projection.settings for projection in projections)
     else:
         known, settings = projections, None
-    leading = x.shape[:-1]
-    outputs = _FusedLinears.apply(x.reshape(-1, x.shape[-1]), seed, dropout, known, settings, *tensors)
-    return tuple(y.view(*leading, y.shape[-1]) for y in outputs)
+    return _FusedLinears.apply(x, seed, dropout, known, settings, *tensors)
 
 
 class _FusedLinears(torch.autograd.Function):
-    """y_i = g_i (x W_i^T + s_i drop(x) A_i^T B_i^T) + bias_i for x [T, in]."""
+    """y_i = g_i (x W_i^T + s_i drop(x) A_i^T B_i^T) + bias_i for x [..., in]."""
 
     @staticmethod
     def forward(ctx, x, seed, dropout, projections, settings, *tensors):
+        ctx.shape = shape = x.shape
+        x = x.reshape(-1, shape[-1])  # here and not before, so that the graph has no nodes for it
         # Parameters and norms live on anyway: saving them would cost activation checkpointing two calls for each.
         # Only while tracing, ``projections`` is None and they must be saved.
         ctx.known, saved = projections, tensors if projections is None else ()
@@ -66,12 +67,14 @@ class _FusedLinears(torch.autograd.Function):
             else:
                 base = F.linear(x, cast(p.weight, dtype))
                 y = compose(base, low, p.lora_B, p.magnitude, p.norm, bias, p.settings.scale)
+            if len(shape) != 2:  # a plain view could not be written to in place by who gets it
+                y = torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[-1]))
             outputs.append(y)
             kept.append((y if base is None else base) if _keeps_output(p, need[4]) else None)
         trains_low_rank = any(need[2] or need[3] for need in needs)
         keeps_x = trains_low_rank or any(p.settings.full_norm for p in projections)
         ctx.save_for_backward(x if keeps_x else None, seed, hidden if keeps_x else None, *kept, *saved)
-        ctx.versions = None if saved else _versions(tensors)
+        ctx.versions = None if saved else _versions(projections)
         ctx.kept_is_output = [y is each for y, each in zip(outputs, kept, strict=True)]
         ctx.options = (dropout, settings, x.dtype)
         return tuple(outputs)
@@ -83,27 +86,26 @@ class _FusedLinears(torch.autograd.Function):
         x, seed, hidden, *rest = ctx.saved_tensors
         kept = rest[: len(dys)]
         projections = ctx.known or _projections(rest[len(dys) :], settings)
-        if ctx.known and ctx.versions != _versions([tensor for p in projections for tensor in p[:NUM_TENSORS]]):
+        if ctx.known and ctx.versions != _versions(projections):
             raise RuntimeError(
                 "A parameter of an adapted layer was modified in place between its forward and its backward pass. "
                 "Step the optimizer after the backward pass."
             )
         needs = _grouped(ctx.needs_input_grad[NUM_OTHERS:])
         need_x = ctx.needs_input_grad[0]
-        merged = seed is None and _backward_form(projections, dys[0].shape[0]) == "merged"
+        merged = seed is None and _backward_form(projections, math.prod(ctx.shape[:-1])) == "merged"
         if hidden is None and x is not None:
             hidden = _hidden(x, projections, seed, dropout)
         dx, us, grads, norm_parts = None, [], [], {}
         for i, (p, need, low) in enumerate(zip(projections, needs, _slices(hidden, projections), strict=True)):
-            dy = cast(dys[i], dtype)
+            dy = cast(_flat(dys[i]), dtype)
             full_norm = p.settings.full_norm and p.rank > 0
             formed = _formed(p, dtype) if (merged and need_x) or full_norm else None
             projected = torch.mm(formed, cast(p.lora_A, dtype).t()) if full_norm else None
             gained = p.magnitude is not None and not merged
-            gained_dy, dB, dm, weighted_B = output_gradients(
-                dy, kept[i], low, p.lora_B, p.magnitude, p.norm, projected, p.settings.scale, ctx.kept_is_output[i],
-                gained,
-            )  # fmt: skip
+            tensors = (dy, _flat(kept[i]), low, p.lora_B, p.magnitude, p.norm, projected)
+            options = (p.settings.scale, ctx.kept_is_output[i], gained)
+            gained_dy, dB, dm, weighted_B = output_gradients(*tensors, *options)
             gained_dy = gained_dy if gained else dy
             if low is not None:
                 us.append(_u(p, gained_dy, is_gained=not merged))
@@ -141,6 +143,7 @@ class _FusedLinears(torch.autograd.Function):
                 dx.addmm_(u, _stacked_a(projections, dtype))
             if any(need[2] for need in needs):
                 _give_gradients_of_a(grads, norm_parts, projections, x, u, seed, dropout)
+        dx = None if dx is None else dx.view(ctx.shape)
         return (dx, None, None, None, None, *(grad for each in grads for grad in each))
 
 
@@ -148,8 +151,12 @@ def _give_gradients_of_a(grads, norm_parts, projections, x, u, seed, dropout) ->
     ranked = [(i, p) for i, p in enumerate(projections) if p.rank]
     dtype = ranked[0][1].lora_A.dtype
     dA = transposed_product(u, x, dtype) if seed is None else dropped_gradient(x, u, seed, dropout)
-    for (i, p), part in zip(ranked, dA.split([p.rank for _, p in ranked]), strict=True):
+    for (i, p), part in zip(ranked, dA.split_with_sizes([p.rank for _, p in ranked]), strict=True):
         grads[i][2] = (part + norm_parts[i] if i in norm_parts else part).to(p.lora_A.dtype)
+
+
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _projections(tensors: Sequence[Tensor | None], settings: Sequence) -> list[Projection]:
@@ -160,8 +167,9 @@ def _grouped(values: Sequence) -> list[Sequence]:
     return [values[start : start + NUM_TENSORS] for start in range(0, len(values), NUM_TENSORS)]
 
 
-def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
+def _versions(projections: Sequence[Projection]) -> list[int]:
+    trained = [tensor for p in projections for tensor in (p.lora_A, p.lora_B, p.magnitude)]
+    return [tensor._version for tensor in trained if tensor is not None]
 
 
 def _keeps_output(p: Projection, need_m: bool) -> bool:
