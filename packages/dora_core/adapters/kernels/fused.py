@@ -32,6 +32,8 @@ def fused_linears(x: Tensor, projections: Sequence[Projection], dropout: float =
     its seed, a formed weight formed again.
     """
     seed = torch.randint(2**31, (1,), device=x.device) if dropout > 0 else None
+    if not torch.is_grad_enabled():
+        return tuple(_forward(x, projections, [False] * len(projections), seed, dropout)[0])
     tensors = [tensor for projection in projections for tensor in projection[:NUM_TENSORS]]
     if torch.compiler.is_compiling():
         known, settings = None, tuple(projection.settings for projection in projections)
@@ -40,50 +42,58 @@ def fused_linears(x: Tensor, projections: Sequence[Projection], dropout: float =
     return _FusedLinears.apply(x, seed, dropout, known, settings, *tensors)
 
 
+def _forward(
+    x: Tensor, projections: Sequence[Projection], keeps: Sequence[bool], seed: Tensor | None, dropout: float
+) -> tuple[list[Tensor], list[Tensor | None], list[bool], Tensor | None]:
+    """Return outputs [..., out], what m needs of them where ``keeps``, whether it is the output, and hidden."""
+    shape, dtype = x.shape, x.dtype
+    x = x.reshape(-1, shape[-1])
+    forms = [_forward_form(p, x, seed, each) for p, each in zip(projections, keeps, strict=True)]
+    hidden = _hidden(x, projections, seed, dropout) if "composed" in forms else None
+    outputs, kept = [], []
+    for p, form, keep, low in zip(projections, forms, keeps, _slices(hidden, projections), strict=True):
+        bias, base = cast(p.bias, dtype), None
+        if form == "merged":
+            formed = _formed(p, dtype).t()  # not F.linear, for which ZeRO-3 puts a slower one of its own
+            y = torch.mm(x, formed) if bias is None else torch.addmm(bias, x, formed)
+        elif p.settings.untouched:  # the base layer's own kernel, so that the result is its result bit for bit
+            y = F.linear(x, cast(p.weight, dtype), bias)
+            if keep and bias is not None:
+                base = torch.mm(x, cast(p.weight, dtype).t())
+        else:
+            base = torch.mm(x, cast(p.weight, dtype).t())
+            y = compose(base, low, p.lora_B, p.magnitude, p.norm, bias, p.settings.scale)
+        if len(shape) != 2:  # a plain view could not be written to in place by who gets it
+            y = torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[-1]))
+        outputs.append(y)
+        kept.append((y if base is None else base) if keep else None)
+    return outputs, kept, [y is each for y, each in zip(outputs, kept, strict=True)], hidden
+
+
 class _FusedLinears(torch.autograd.Function):
     """y_i = g_i (x W_i^T + s_i drop(x) A_i^T B_i^T) + bias_i for x [..., in]."""
 
     @staticmethod
     def forward(ctx, x, seed, dropout, projections, settings, *tensors):
-        ctx.shape = shape = x.shape
-        x = x.reshape(-1, shape[-1])  # here and not before, so that the graph has no nodes for it
         # Parameters and norms live on anyway: saving them would cost activation checkpointing two calls for each.
         # Only while tracing, ``projections`` is None and they must be saved.
         ctx.known, saved = projections, tensors if projections is None else ()
         projections = projections or _projections(tensors, settings)
         needs = _grouped(ctx.needs_input_grad[NUM_OTHERS:])
-        forms = [_forward_form(p, x, seed, need[4]) for p, need in zip(projections, needs, strict=True)]
-        hidden = _hidden(x, projections, seed, dropout) if "composed" in forms else None
-        dtype = x.dtype
-        outputs, kept = [], []
-        for p, form, need, low in zip(projections, forms, needs, _slices(hidden, projections), strict=True):
-            bias, base = cast(p.bias, dtype), None
-            if form == "merged":
-                y = F.linear(x, _formed(p, dtype), bias)
-            elif p.settings.untouched:  # the base layer's own kernel, so that the result is its result bit for bit
-                y = F.linear(x, cast(p.weight, dtype), bias)
-                if bias is not None:
-                    base = F.linear(x, cast(p.weight, dtype))
-            else:
-                base = F.linear(x, cast(p.weight, dtype))
-                y = compose(base, low, p.lora_B, p.magnitude, p.norm, bias, p.settings.scale)
-            if len(shape) != 2:  # a plain view could not be written to in place by who gets it
-                y = torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[-1]))
-            outputs.append(y)
-            kept.append((y if base is None else base) if _keeps_output(p, need[4]) else None)
-        trains_low_rank = any(need[2] or need[3] for need in needs)
-        keeps_x = trains_low_rank or any(p.settings.full_norm for p in projections)
+        keeps = [_keeps_output(p, need[4]) for p, need in zip(projections, needs, strict=True)]
+        outputs, kept, ctx.kept_is_output, hidden = _forward(x, projections, keeps, seed, dropout)
+        keeps_x = any([n[2] or n[3] for n in needs]) or any([p.settings.full_norm for p in projections])
         ctx.save_for_backward(x if keeps_x else None, seed, hidden if keeps_x else None, *kept, *saved)
         ctx.versions = None if saved else _versions(projections)
-        ctx.kept_is_output = [y is each for y, each in zip(outputs, kept, strict=True)]
-        ctx.options = (dropout, settings, x.dtype)
+        ctx.options = (x.shape, dropout, settings, x.dtype)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
-        dropout, settings, dtype = ctx.options
+        shape, dropout, settings, dtype = ctx.options
         x, seed, hidden, *rest = ctx.saved_tensors
+        x = _flat(x)
         kept = rest[: len(dys)]
         projections = ctx.known or _projections(rest[len(dys) :], settings)
         if ctx.known and ctx.versions != _versions(projections):
@@ -93,7 +103,7 @@ class _FusedLinears(torch.autograd.Function):
             )
         needs = _grouped(ctx.needs_input_grad[NUM_OTHERS:])
         need_x = ctx.needs_input_grad[0]
-        merged = seed is None and _backward_form(projections, math.prod(ctx.shape[:-1])) == "merged"
+        merged = seed is None and _backward_form(projections, math.prod(shape[:-1])) == "merged"
         if hidden is None and x is not None:
             hidden = _hidden(x, projections, seed, dropout)
         dx, us, grads, norm_parts = None, [], [], {}
@@ -143,7 +153,7 @@ class _FusedLinears(torch.autograd.Function):
                 dx.addmm_(u, _stacked_a(projections, dtype))
             if any(need[2] for need in needs):
                 _give_gradients_of_a(grads, norm_parts, projections, x, u, seed, dropout)
-        dx = None if dx is None else dx.view(ctx.shape)
+        dx = None if dx is None else dx.view(shape)
         return (dx, None, None, None, None, *(grad for each in grads for grad in each))
 
 
@@ -176,8 +186,7 @@ def _keeps_output(p: Projection, need_m: bool) -> bool:
     return p.magnitude is not None and (need_m or (p.settings.full_norm and p.rank > 0))
 
 
-def _forward_form(p: Projection, x: Tensor, seed: Tensor | None, need_m: bool) -> Form:
-    keeps = _keeps_output(p, need_m)
+def _forward_form(p: Projection, x: Tensor, seed: Tensor | None, keeps: bool) -> Form:
     # A formed weight cannot have dropout. The magnitude's gradient needs the output as it was, without the bias, and
     # more range than fp16's where the gain is small.
     impossible = keeps and (p.bias is not None or x.dtype == torch.float16)
