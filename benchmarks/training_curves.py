@@ -3,7 +3,7 @@
     python benchmarks/training_curves.py [--steps 300] [--output benchmarks/results]
 
 The data are sequences in which each token follows from the one before it in one of four ways, so that the loss falls
-far and not to zero. Noise is what rounding alone does: the plain path once more, with the rows of every batch in reverse
+and not to zero. Noise is what rounding alone does: the plain path once more, with the rows of every batch in reverse
 order. All runs start from the same weights and see the same batches; the base is in bf16, adapters in fp32.
 """
 

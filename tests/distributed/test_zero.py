@@ -87,6 +87,26 @@ def test_every_kind_under_zero_3_has_the_losses_of_plain_torch(model_folder, ada
         assert losses == pytest.approx(plain_losses(model_folder, adapter), abs=1e-5)
 
 
+@pytest.mark.parametrize("norm_gradient", ["detached", "full"])
+def test_fused_kernels_under_zero_have_the_losses_of_plain_torch_and_one_norm_a_step(model_folder, norm_gradient):
+    adapter = {"targets": ["q_proj", "k_proj", "v_proj", "down_proj"], "norm_gradient": norm_gradient}
+    fused = {**adapter, "kernel": "auto" if torch.cuda.is_available() else "fused"}
+    cases = [{"stage": stage, "accumulation": 2, "checkpointing": stage != 2, "adapter": fused} for stage in (0, 2, 3)]
+    expected = plain_losses(model_folder, adapter)
+    for case, (losses, counts) in zip(cases, run_on_ranks(losses_and_norms, 2, model_folder, cases)[0], strict=True):
+        assert losses == pytest.approx(expected, abs=1e-5), case
+        assert counts == [STEPS] * 8, case
+
+
+def losses_and_norms(world, folder, cases):
+    results = []
+    for case in cases:
+        engine = make_engine(world, folder, case)
+        losses = train_steps(engine, 0, STEPS)
+        results.append((losses, num_norms(engine)))
+    return results
+
+
 def test_bf16_and_fp16_agree_between_stages_and_stay_near_fp32(model_folder):
     cases = [{"stage": stage, "precision": precision} for precision in ("bf16", "fp16") for stage in (0, 1, 2, 3)]
     cases += [{"stage": stage, "precision": "bf16", "adapter": {"kind": "full", "targets": ".*"}} for stage in (2, 3)]
