@@ -16,7 +16,7 @@ def yaml_parser() -> Any:
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False
     yaml.allow_unicode = False  # what is not ASCII is written escaped: as it is, U+0085 would come back as a space
-    yaml.width = 120
+    yaml.width = 1 << 30  # a long key that is folded does not come back
     return yaml
 
 

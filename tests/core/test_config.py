@@ -271,6 +271,7 @@ def test_any_yaml_scalar_typed_on_the_command_line_round_trips(value):
     st.dictionaries(st.text(), scalars),
 )
 @example("run", "\x85", ["\u2028", "é 数据"], {})
+@example("run", None, [], {"0" * 117 + " 0": None})
 def test_a_dumped_configuration_reloads_to_an_equal_one(tmp_path_factory, name, scalar, items, table):
     table["scalar"] = scalar
     config = Outer(inner=Inner(size=1, name=name, note=name, pattern=items or name, items=items, table=table))

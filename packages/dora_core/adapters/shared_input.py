@@ -36,7 +36,7 @@ class SharedInput:
         self, layer: LoRALinear, x: Tensor, compute: Callable[[Sequence[LoRALinear]], Sequence[Tensor]]
     ) -> Tensor:
         """Return the output of ``layer`` for x; ``compute`` gives those of several layers for the same x."""
-        given = (x._version, torch.is_grad_enabled(), layer.training)
+        given = (0 if x.is_inference() else x._version, torch.is_grad_enabled(), layer.training)
         if x is self._x() and given == self._given and layer is not self._first:
             output, versions = self._outputs.pop(layer, (None, []))
             if output is not None and versions == layer.versions():

@@ -114,6 +114,17 @@ def test_an_edit_between_two_siblings_reaches_the_second(device):
     torch.testing.assert_close(second, block.k_proj(x))
 
 
+def test_inference_mode_leaves_norms_that_training_can_use(device):
+    block = Block(kernel="fused").to(device)
+    x = torch.randn(3, 16, device=device)
+    with reuse_norms(block):
+        with torch.inference_mode():
+            scored = block(x + 0)
+        trained = block(x.requires_grad_())
+        trained.sum().backward()
+    torch.testing.assert_close(scored, trained.detach())
+
+
 def test_inner_blocks_leave_the_outer_ones_sharing(device):
     block = Block(kernel="fused").to(device)
     with reuse_norms(block):
