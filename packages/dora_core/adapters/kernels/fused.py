@@ -82,7 +82,7 @@ class _FusedLinears(torch.autograd.Function):
         needs = _grouped(ctx.needs_input_grad[NUM_OTHERS:])
         keeps = [_keeps_output(p, need[4]) for p, need in zip(projections, needs, strict=True)]
         outputs, kept, ctx.kept_is_output, hidden = _forward(x, projections, keeps, seed, dropout)
-        keeps_x = any([n[2] or n[3] for n in needs]) or any([p.settings.full_norm for p in projections])
+        keeps_x = any([n[2] or n[3] for n in needs]) or any(keeps)
         ctx.save_for_backward(x if keeps_x else None, seed, hidden if keeps_x else None, *kept, *saved)
         ctx.versions = None if saved else _versions(projections)
         ctx.options = (x.shape, dropout, settings, x.dtype)
@@ -106,6 +106,7 @@ class _FusedLinears(torch.autograd.Function):
         merged = seed is None and _backward_form(projections, math.prod(shape[:-1])) == "merged"
         if hidden is None and x is not None:
             hidden = _hidden(x, projections, seed, dropout)
+        wants_u = any(need[2] for need in needs) or (need_x and not merged)
         dx, us, grads, norm_parts = None, [], [], {}
         for i, (p, need, low) in enumerate(zip(projections, needs, _slices(hidden, projections), strict=True)):
             dy = cast(_flat(dys[i]), dtype)
@@ -117,7 +118,7 @@ class _FusedLinears(torch.autograd.Function):
             options = (p.settings.scale, ctx.kept_is_output[i], gained)
             gained_dy, dB, dm, weighted_B = output_gradients(*tensors, *options)
             gained_dy = gained_dy if gained else dy
-            if low is not None:
+            if p.rank and wants_u:
                 us.append(_u(p, gained_dy, is_gained=not merged))
             if full_norm:
                 norm_parts[i] = transposed_product(weighted_B, formed, torch.float32)

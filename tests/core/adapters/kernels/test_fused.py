@@ -54,6 +54,23 @@ def test_the_norm_can_be_differentiated(form, rank, bias, device):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("magnitude", [True, False])
+@pytest.mark.parametrize("frozen", [("lora_A", "lora_B"), ("lora_A",), ("lora_B",), ("magnitude",), ("x",)])
+def test_what_is_frozen_takes_nothing_from_the_other_gradients(form, magnitude, frozen, device):
+    case = make(30, 48, 56, 4, device=device, magnitude=magnitude)
+    y = case.fused(form)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    exact = case.exact(dy)[1]
+    for name in frozen:
+        if name in case.leaves:
+            case.leaves[name].requires_grad_(False)
+    trained = {name: leaf for name, leaf in case.leaves.items() if leaf.requires_grad}
+    found = torch.autograd.grad(case.fused(form), list(trained.values()), dy)
+    for name, gradient in zip(trained, found, strict=True):
+        assert error(gradient, exact[name]) < 3e-6, name
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_adapters_may_be_of_the_bases_type(form, dtype, device):
     check(make(34, 70, 90, 6, dtype=dtype, device=device, adapter_dtype=dtype), form)
