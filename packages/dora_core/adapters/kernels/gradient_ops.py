@@ -10,6 +10,7 @@ from torch import Tensor
 from dora_core.adapters.kernels import gradient_kernels
 from dora_core.adapters.kernels.launch import (
     MAX_KNOWN,
+    NUM_PROGRAMS,
     Kernel,
     cdiv,
     contiguous,
@@ -27,7 +28,6 @@ from dora_core.adapters.kernels.token_ops import sum_parts
 SMALL_RANK = 64
 """Up to this rank dB comes from the same read of dy as dm; above, a GEMM of its own is faster."""
 MAX_PARTS = 32
-_NUM_PROGRAMS = 528
 
 _token_pass_kernel = Kernel(gradient_kernels.token_pass_kernel)
 _finish_gradients_kernel = Kernel(gradient_kernels.finish_gradients_kernel)
@@ -53,7 +53,7 @@ def _token_pass_plan(
     finish: tuple,
     dtype: torch.dtype,
 ) -> tuple:
-    block_n, num_programs = (64, 2 * _NUM_PROGRAMS) if gained else (128, _NUM_PROGRAMS)
+    block_n, num_programs = (64, 2 * NUM_PROGRAMS) if gained else (128, NUM_PROGRAMS)
     column_blocks, rank_blocks = (
         cdiv(num_columns, block_n),
         max(1, cdiv(rank, rank_block(rank))),

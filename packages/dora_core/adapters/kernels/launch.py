@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NUM_PROGRAMS = 528
+"""Programs that keep a large GPU busy: four for each of 132 processors; a constant, for the same bits everywhere."""
 MAX_KNOWN = 4096
 """Sets of arguments that a kernel remembers; batches of ever new lengths would make ever more."""
 _DTYPES = {

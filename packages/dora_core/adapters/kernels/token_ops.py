@@ -10,6 +10,7 @@ from torch import Tensor
 from dora_core.adapters.kernels import token_kernels
 from dora_core.adapters.kernels.launch import (
     MAX_KNOWN,
+    NUM_PROGRAMS,
     Kernel,
     cdiv,
     contiguous,
@@ -21,8 +22,6 @@ from dora_core.adapters.kernels.launch import (
     with_unit_stride,
 )
 from dora_core.adapters.kernels.library import register
-
-_NUM_PROGRAMS = 528
 
 _compose_kernel = Kernel(token_kernels.compose_kernel)
 _dropped_product_kernel = Kernel(token_kernels.dropped_product_kernel)
@@ -40,7 +39,7 @@ def _compose_plan(
     dtype: torch.dtype,
 ) -> tuple:
     column_blocks = cdiv(num_columns, 128)
-    parts, per_part = split(num_tokens, 64, column_blocks, _NUM_PROGRAMS)
+    parts, per_part = split(num_tokens, 64, column_blocks, NUM_PROGRAMS)
     constants = _compose_kernel.in_order(
         RANK=rank,
         HAS_MAGNITUDE=has_magnitude,
@@ -119,7 +118,7 @@ def _dropped_product(x: Tensor, lora_A: Tensor, seed: Tensor, dropout: float) ->
     num_tokens, num_columns = x.shape
     rank, block_r = lora_A.shape[0], rank_block(lora_A.shape[0])
     token_blocks, rank_blocks = cdiv(num_tokens, 64), cdiv(rank, block_r)
-    parts, per_part = split(num_columns, 128, token_blocks * rank_blocks, _NUM_PROGRAMS)
+    parts, per_part = split(num_columns, 128, token_blocks * rank_blocks, NUM_PROGRAMS)
     part = empty(x, parts, num_tokens, rank)
     if num_tokens:
         constants = _dropped_product_kernel.in_order(

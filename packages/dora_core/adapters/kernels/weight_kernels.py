@@ -16,6 +16,28 @@ from dora_core.adapters.kernels.tiles import (
 
 
 @triton.jit
+def _updated_tile(
+    weight_ptr, a_ptr, b_ptr, b, rows, columns, row_mask, column_mask, num_columns, scale, stride_w, stride_wc,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile [rows, columns] of W + s B A in fp32; ``b`` is all of B's rows if r fits into one block."""
+    place = rows[:, None].to(tl.int64) * stride_w + columns[None, :] * stride_wc
+    v = tl.load(weight_ptr + place, mask=row_mask[:, None] & column_mask[None, :], other=0.0).to(tl.float32)
+    if RANK > 0:
+        if RANK <= BLOCK_R:
+            k = tl.arange(0, BLOCK_R)
+            a = right_factor(a_ptr, columns, k, column_mask, 1, num_columns, RANK, OPERAND)
+            low = tl.dot(b, a, input_precision=PRECISION)
+        else:
+            low = low_rank_product(
+                b_ptr, a_ptr, rows, columns, row_mask, column_mask, RANK, 1, num_columns,
+                RANK, BLOCK_R, OPERAND, PRECISION,
+            )  # fmt: skip
+        v += scale * low
+    return v
+
+
+@triton.jit
 def row_norm_kernel(
     weight_ptr, a_ptr, b_ptr, part_ptr, norm_ptr, counter_ptr, num_rows, num_columns, columns_per_part, scale,
     stride_w, stride_wc,
@@ -25,9 +47,9 @@ def row_norm_kernel(
     """norm [num_rows] in fp32, from part [p, num_rows] in fp64: the squares of V over one part of the columns."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
+    b = None
     if RANK > 0:
-        k = tl.arange(0, BLOCK_R)
-        b = left_factor(b_ptr, rows, k, row_mask, RANK, RANK, OPERAND)
+        b = left_factor(b_ptr, rows, tl.arange(0, BLOCK_R), row_mask, RANK, RANK, OPERAND)
     first = tl.program_id(1) * columns_per_part
     total = tl.zeros([BLOCK_M], tl.float64)
     for start in tl.range(
@@ -38,21 +60,10 @@ def row_norm_kernel(
     ):
         columns = start + tl.arange(0, BLOCK_N)
         column_mask = columns < num_columns
-        v = tl.load(
-            weight_ptr + rows[:, None].to(tl.int64) * stride_w + columns[None, :] * stride_wc,
-            mask=row_mask[:, None] & column_mask[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        if RANK > 0:
-            if RANK <= BLOCK_R:
-                a = right_factor(a_ptr, columns, k, column_mask, 1, num_columns, RANK, OPERAND)
-                low = tl.dot(b, a, input_precision=PRECISION)
-            else:
-                low = low_rank_product(
-                    b_ptr, a_ptr, rows, columns, row_mask, column_mask, RANK, 1, num_columns,
-                    RANK, BLOCK_R, OPERAND, PRECISION,
-                )  # fmt: skip
-            v += scale * low
+        v = _updated_tile(
+            weight_ptr, a_ptr, b_ptr, b, rows, columns, row_mask, column_mask, num_columns, scale, stride_w, stride_wc,
+            RANK, BLOCK_R, OPERAND, PRECISION,
+        )  # fmt: skip
         wide = v.to(tl.float64)
         total += tl.sum(wide * wide, 1)
     tl.store(part_ptr + tl.program_id(1) * num_rows + rows, total, mask=row_mask)
@@ -85,9 +96,9 @@ def effective_weight_kernel(
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
+    b = None
     if RANK > 0:
-        k = tl.arange(0, BLOCK_R)
-        b = left_factor(b_ptr, rows, k, row_mask, RANK, RANK, OPERAND)
+        b = left_factor(b_ptr, rows, tl.arange(0, BLOCK_R), row_mask, RANK, RANK, OPERAND)
     if HAS_MAGNITUDE:
         g, _inverse = gain_of_formed_weight(magnitude_ptr, norm_ptr, rows, row_mask)
     if DITHER:
@@ -101,19 +112,10 @@ def effective_weight_kernel(
     ):
         columns = start + tl.arange(0, BLOCK_N)
         column_mask = columns < num_columns
-        mask = row_mask[:, None] & column_mask[None, :]
-        place = rows[:, None].to(tl.int64) * stride_w + columns[None, :] * stride_wc
-        v = tl.load(weight_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        if RANK > 0:
-            if RANK <= BLOCK_R:
-                a = right_factor(a_ptr, columns, k, column_mask, 1, num_columns, RANK, OPERAND)
-                low = tl.dot(b, a, input_precision=PRECISION)
-            else:
-                low = low_rank_product(
-                    b_ptr, a_ptr, rows, columns, row_mask, column_mask, RANK, 1, num_columns,
-                    RANK, BLOCK_R, OPERAND, PRECISION,
-                )  # fmt: skip
-            v += scale * low
+        v = _updated_tile(
+            weight_ptr, a_ptr, b_ptr, b, rows, columns, row_mask, column_mask, num_columns, scale, stride_w, stride_wc,
+            RANK, BLOCK_R, OPERAND, PRECISION,
+        )  # fmt: skip
         if HAS_MAGNITUDE:
             v *= g[:, None]
         if DITHER:
@@ -121,4 +123,4 @@ def effective_weight_kernel(
             rounded = ((v.to(tl.uint32, bitcast=True) + threshold) & 0xFFFF0000).to(tl.float32, bitcast=True)
             v = tl.where(v == v, rounded, v)
         out = out_ptr + rows[:, None].to(tl.int64) * num_columns + columns[None, :]
-        tl.store(out, v.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out, v.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])

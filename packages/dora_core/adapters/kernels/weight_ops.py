@@ -10,6 +10,7 @@ from torch import Tensor
 from dora_core.adapters.kernels import weight_kernels
 from dora_core.adapters.kernels.launch import (
     MAX_KNOWN,
+    NUM_PROGRAMS,
     Kernel,
     cdiv,
     contiguous,
@@ -23,7 +24,6 @@ from dora_core.adapters.kernels.library import register
 
 ONE_BLOCK_RANK = 64
 """Up to this rank one tile of A and B holds all of it, and programs walk along their rows of W."""
-_NUM_PROGRAMS = 528
 
 _row_norm_kernel = Kernel(weight_kernels.row_norm_kernel)
 _effective_weight_kernel = Kernel(weight_kernels.effective_weight_kernel)
@@ -33,7 +33,7 @@ _effective_weight_kernel = Kernel(weight_kernels.effective_weight_kernel)
 def _row_norm_plan(num_rows: int, num_columns: int, rank: int, *dtypes: torch.dtype) -> tuple:
     block_n, stages = (64, 2) if rank <= 2 * ONE_BLOCK_RANK else (128, 1)
     row_blocks = cdiv(num_rows, 64)
-    parts, per_part = split(num_columns, block_n, row_blocks, _NUM_PROGRAMS)
+    parts, per_part = split(num_columns, block_n, row_blocks, NUM_PROGRAMS)
     constants = _row_norm_kernel.in_order(
         RANK=rank,
         NUM_PARTS=parts,
@@ -76,7 +76,7 @@ def _effective_weight_plan(
 ) -> tuple:
     block_m = 64 if rank > ONE_BLOCK_RANK else 32
     row_blocks = cdiv(num_rows, block_m)
-    num_programs = 2 * _NUM_PROGRAMS if rank <= ONE_BLOCK_RANK else row_blocks * cdiv(num_columns, 128)
+    num_programs = 2 * NUM_PROGRAMS if rank <= ONE_BLOCK_RANK else row_blocks * cdiv(num_columns, 128)
     parts, per_part = split(num_columns, 128, row_blocks, num_programs)
     constants = _effective_weight_kernel.in_order(
         RANK=rank,
