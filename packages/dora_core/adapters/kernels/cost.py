@@ -10,11 +10,13 @@ BYTES_PER_US = 3.0e6
 """What the kernels that go over a weight or over tokens reach on an H200, of 4.3e6 in a plain copy."""
 FLOPS_PER_US = 3.0e8
 """What the low-rank products inside them reach, in time of their own."""
+GEMM_FLOPS_PER_US = 6.0e8
+"""What a low-rank product by cuBLAS reaches."""
 
 
-def _pass_us(num_elements: int, rank: int) -> float:
+def _pass_us(num_elements: int, rank: int, flops_per_us: float = FLOPS_PER_US) -> float:
     # two bytes are read and two written for each element, and it takes part in ``rank`` multiplications
-    return 4 * num_elements / BYTES_PER_US + 2 * num_elements * rank / FLOPS_PER_US
+    return 4 * num_elements / BYTES_PER_US + 2 * num_elements * rank / flops_per_us
 
 
 def choose_form(num_tokens: int, in_features: int, out_features: int, rank: int) -> Form:
@@ -28,12 +30,13 @@ def choose_form(num_tokens: int, in_features: int, out_features: int, rank: int)
     return "merged" if merged < _pass_us(num_tokens * out_features, rank) else "composed"
 
 
-def choose_backward_form(num_tokens: int, in_features: int, out_features: int, rank: int) -> Form:
+def choose_backward_form(num_tokens: int, in_features: int, out_features: int, rank: int, num_layers: int = 1) -> Form:
     """Return how to compute dx = (g dy) W + s (g dy) B A for dy [tokens, out]: as ``choose_form``.
 
-    ``composed`` writes g dy while dy is read for other gradients, and adds the low-rank part to dx: half a pass over
-    the output's gradient and one over the input's.
+    ``composed`` writes g dy while dy is read for other gradients: half a pass over the output's gradient. It then adds
+    the low-rank parts of all ``num_layers`` layers that share x to dx in one product: a pass over the input's gradient.
     """
-    merged = _pass_us(in_features * out_features, rank)
-    composed = _pass_us(num_tokens * out_features, 0) / 2 + _pass_us(num_tokens * in_features, rank)
+    merged = num_layers * _pass_us(in_features * out_features, rank)
+    composed = num_layers * _pass_us(num_tokens * out_features, 0) / 2
+    composed += _pass_us(num_tokens * in_features, num_layers * rank, GEMM_FLOPS_PER_US)
     return "merged" if merged < composed else "composed"

@@ -63,6 +63,8 @@ def _forward(
         else:
             base = torch.mm(x, cast(p.weight, dtype).t())
             y = compose(base, low, p.lora_B, p.magnitude, p.norm, bias, p.settings.scale)
+            if not _needs_base(p, x):
+                base = None
         if len(shape) != 2:  # a plain view could not be written to in place by who gets it
             y = torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[-1]))
         outputs.append(y)
@@ -188,12 +190,15 @@ def _keeps_output(p: Projection, need_m: bool) -> bool:
 
 
 def _forward_form(p: Projection, x: Tensor, seed: Tensor | None, keeps: bool) -> Form:
-    # A formed weight cannot have dropout. The magnitude's gradient needs the output as it was, without the bias, and
-    # more range than fp16's where the gain is small.
-    impossible = keeps and (p.bias is not None or x.dtype == torch.float16)
-    if seed is not None or impossible or p.settings.untouched:
+    # a formed weight has no base product, and cannot have dropout
+    if seed is not None or (keeps and _needs_base(p, x)) or p.settings.untouched:
         return "composed"
     return p.settings.form or choose_form(x.shape[0], p.weight.shape[1], p.weight.shape[0], p.rank)
+
+
+def _needs_base(p: Projection, x: Tensor) -> bool:
+    """Whether the magnitude's gradient cannot be taken from the output: it has a bias, or little range as fp16 has."""
+    return p.bias is not None or x.dtype == torch.float16
 
 
 def _backward_form(projections: Sequence[Projection], num_tokens: int) -> Form:
@@ -202,7 +207,8 @@ def _backward_form(projections: Sequence[Projection], num_tokens: int) -> Form:
     widest = projections[0]
     for p in projections:
         widest = p if p.weight.shape[0] > widest.weight.shape[0] else widest
-    return widest.settings.form or choose_backward_form(num_tokens, *reversed(widest.weight.shape), widest.rank)
+    sizes = (*reversed(widest.weight.shape), widest.rank)
+    return widest.settings.form or choose_backward_form(num_tokens, *sizes, len(projections))
 
 
 def _formed(p: Projection, dtype: torch.dtype) -> Tensor:

@@ -112,7 +112,7 @@ def token_pass_kernel(
     RANK: tl.constexpr, RIGHT: tl.constexpr, DOT: tl.constexpr, GAINED: tl.constexpr, DROPOUT: tl.constexpr,
     FINISH: tl.constexpr, NUM_PARTS: tl.constexpr, HAS_MAGNITUDE: tl.constexpr, KEPT_IS_OUTPUT: tl.constexpr,
     FULL_NORM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Up to three results from one read of drop(x) [T, N].
 
@@ -131,8 +131,13 @@ def token_pass_kernel(
     if RIGHT:
         right = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     if DOT:
-        dot = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(first, tl.minimum(first + tokens_per_part, num_tokens), BLOCK_T):
+        dots = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)  # summed over tokens once, at the end
+    for start in tl.range(
+        first,
+        tl.minimum(first + tokens_per_part, num_tokens),
+        BLOCK_T,
+        num_stages=STAGES,
+    ):
         tokens = start + tl.arange(0, BLOCK_T)
         token_mask = tokens < num_tokens
         wide_tokens = tokens.to(tl.int64)
@@ -150,7 +155,7 @@ def token_pass_kernel(
             tl.store(gained_ptr + place, gained, mask=mask & (tl.program_id(2) == 0))
         if DOT:
             kept = tl.load(kept_ptr + place, mask=mask, other=0.0)
-            dot += tl.sum(x.to(tl.float32) * kept.to(tl.float32), 0)
+            dots += x.to(tl.float32) * kept.to(tl.float32)
         if RIGHT:
             hidden = tl.load(
                 hidden_ptr + wide_tokens[:, None] * stride_h + k[None, :],
@@ -169,7 +174,7 @@ def token_pass_kernel(
     if DOT:
         tl.store(
             dot_ptr + tl.program_id(1) * num_columns + columns,
-            dot,
+            tl.sum(dots, 0),
             mask=column_mask & (tl.program_id(2) == 0),
         )
     if FINISH:  # noqa: SIM102  (a constant: without it the counter must not be touched)

@@ -53,13 +53,13 @@ def _token_pass_plan(
     finish: tuple,
     dtype: torch.dtype,
 ) -> tuple:
-    block_n, num_programs = (64, 2 * NUM_PROGRAMS) if gained else (128, NUM_PROGRAMS)
     column_blocks, rank_blocks = (
-        cdiv(num_columns, block_n),
+        cdiv(num_columns, 64),
         max(1, cdiv(rank, rank_block(rank))),
     )
     others = column_blocks * rank_blocks
-    parts, per_part = split(num_tokens, 64, others, min(num_programs, MAX_PARTS * others))
+    num_programs = min(max(NUM_PROGRAMS // 2, 2 * others), MAX_PARTS * others)
+    parts, per_part = split(num_tokens, 64, others, num_programs)
     has_magnitude, kept_is_output, full_norm = finish or (False, False, False)
     constants = _token_pass_kernel.in_order(
         RANK=rank,
@@ -73,8 +73,9 @@ def _token_pass_plan(
         KEPT_IS_OUTPUT=kept_is_output,
         FULL_NORM=full_norm,
         BLOCK_T=64,
-        BLOCK_N=block_n,
+        BLOCK_N=64,
         BLOCK_R=rank_block(rank),
+        STAGES=3,
         **operand(dtype),
     )
     return (column_blocks, parts, rank_blocks), per_part, constants

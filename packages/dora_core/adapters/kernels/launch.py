@@ -99,9 +99,24 @@ def cdiv(length: int, block: int) -> int:
     return -(-length // block)
 
 
-def rank_block(rank: int) -> int:
-    """Return the width of the tiles that a rank is taken in: a power of two that ``tl.dot`` can multiply."""
-    return min(64, max(16, 1 << (rank - 1).bit_length())) if rank else 16
+def rank_block(rank: int, most_at_once: int = 64) -> int:
+    """Return the width of the tiles that a rank is taken in, a power of two that ``tl.dot`` can multiply.
+
+    Up to the rank ``most_at_once`` it is one tile, above tiles of 64.
+    """
+    return 64 if rank > most_at_once else max(16, 1 << max(0, rank - 1).bit_length())
+
+
+def low_rank_tiles(rank: int, blocks: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, dict[str, Any]]:
+    """Return how many rows a tile of a low-rank product has, and the constants WALK and BLOCK_R.
+
+    Up to rank 64 a program walks along a row of tiles, so that loads overlap with work; above, it has one tile, and
+    above rank 128 it takes the rank in steps. The three cases have their ``blocks`` of rows; the last, for factors
+    of four bytes, is the second.
+    """
+    case = (rank > 64) + (rank > 128)
+    block = blocks[min(case, 1) if dtype == torch.float32 else case]
+    return block, {"WALK": case == 0, "BLOCK_R": rank_block(rank, 128)}
 
 
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -5,7 +5,40 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dora_core.adapters.kernels.tiles import gain_and_inverse, is_kept, left_factor, low_rank_product, right_factor
+from dora_core.adapters.kernels.tiles import gain_of_formed_weight, is_kept, left_factor, low_rank_product, right_factor
+
+
+@triton.jit
+def _compose_tile(
+    base_ptr, hidden_ptr, factor_ptr, factor, g, bias, seed_ptr, out_ptr, start, columns, column_mask, num_tokens,
+    num_columns, scale, threshold, stride_h, stride_f, stride_fk,
+    RANK: tl.constexpr, HAS_MAGNITUDE: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of g (base + s drop(hidden factor^T)) + bias; ``factor`` is all of it if r fits into one block."""
+    tokens = start + tl.arange(0, BLOCK_T)
+    token_mask = tokens < num_tokens
+    mask = token_mask[:, None] & column_mask[None, :]
+    place = tokens[:, None].to(tl.int64) * num_columns + columns[None, :]
+    if RANK > BLOCK_R:
+        low = low_rank_product(
+            hidden_ptr, factor_ptr, tokens, columns, token_mask, column_mask, stride_h, stride_f, stride_fk,
+            RANK, BLOCK_R, OPERAND, PRECISION,
+        )  # fmt: skip
+    y = tl.load(base_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    if RANK > 0:
+        if RANK <= BLOCK_R:
+            k = tl.arange(0, BLOCK_R)
+            hidden = left_factor(hidden_ptr, tokens, k, token_mask, stride_h, RANK, OPERAND)
+            low = tl.dot(hidden, factor, input_precision=PRECISION)
+        if DROPOUT:
+            low = tl.where(is_kept(seed_ptr, tokens, columns, threshold), low, 0.0)
+        y += scale * low
+    if HAS_MAGNITUDE:
+        y *= g[None, :]
+    if HAS_BIAS:
+        y += bias[None, :]
+    tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -13,48 +46,42 @@ def compose_kernel(
     base_ptr, hidden_ptr, factor_ptr, magnitude_ptr, norm_ptr, bias_ptr, seed_ptr, out_ptr, num_tokens, num_columns,
     tokens_per_part, scale, threshold, stride_h, stride_f, stride_fk,
     RANK: tl.constexpr, HAS_MAGNITUDE: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
+    WALK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out [T, N] = g (base + s drop(hidden factor^T)) + bias for hidden [T, r] and factor [N, r]."""
+    """out [T, N] = g (base + s drop(hidden factor^T)) + bias for hidden [T, r] and factor [N, r].
+
+    Without ``WALK`` a program makes one tile.
+    """
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_mask = columns < num_columns
+    factor, g, bias = None, None, None
     if RANK > 0:
         k = tl.arange(0, BLOCK_R)
         factor = right_factor(factor_ptr, columns, k, column_mask, stride_f, stride_fk, RANK, OPERAND)
     if HAS_MAGNITUDE:
-        g, _inverse = gain_and_inverse(magnitude_ptr, norm_ptr, columns, column_mask)
+        g, _inverse = gain_of_formed_weight(magnitude_ptr, norm_ptr, columns, column_mask)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
     first = tl.program_id(1) * tokens_per_part
-    for start in tl.range(
-        first,
-        tl.minimum(first + tokens_per_part, num_tokens),
-        BLOCK_T,
-        num_stages=STAGES,
-    ):
-        tokens = start + tl.arange(0, BLOCK_T)
-        token_mask = tokens < num_tokens
-        mask = token_mask[:, None] & column_mask[None, :]
-        place = tokens[:, None].to(tl.int64) * num_columns + columns[None, :]
-        y = tl.load(base_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        if RANK > 0:
-            if RANK <= BLOCK_R:
-                hidden = left_factor(hidden_ptr, tokens, k, token_mask, stride_h, RANK, OPERAND)
-                low = tl.dot(hidden, factor, input_precision=PRECISION)
-            else:
-                low = low_rank_product(
-                    hidden_ptr, factor_ptr, tokens, columns, token_mask, column_mask, stride_h, stride_f, stride_fk,
-                    RANK, BLOCK_R, OPERAND, PRECISION,
-                )  # fmt: skip
-            if DROPOUT:
-                low = tl.where(is_kept(seed_ptr, tokens, columns, threshold), low, 0.0)
-            y += scale * low
-        if HAS_MAGNITUDE:
-            y *= g[None, :]
-        if HAS_BIAS:
-            y += bias[None, :]
-        tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=mask)
+    if WALK:
+        for start in tl.range(
+            first,
+            tl.minimum(first + tokens_per_part, num_tokens),
+            BLOCK_T,
+            num_stages=STAGES,
+        ):
+            _compose_tile(
+                base_ptr, hidden_ptr, factor_ptr, factor, g, bias, seed_ptr, out_ptr, start, columns, column_mask,
+                num_tokens, num_columns, scale, threshold, stride_h, stride_f, stride_fk,
+                RANK, HAS_MAGNITUDE, HAS_BIAS, DROPOUT, BLOCK_T, BLOCK_R, OPERAND, PRECISION,
+            )  # fmt: skip
+    else:
+        _compose_tile(
+            base_ptr, hidden_ptr, factor_ptr, factor, g, bias, seed_ptr, out_ptr, first, columns, column_mask,
+            num_tokens, num_columns, scale, threshold, stride_h, stride_f, stride_fk,
+            RANK, HAS_MAGNITUDE, HAS_BIAS, DROPOUT, BLOCK_T, BLOCK_R, OPERAND, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit

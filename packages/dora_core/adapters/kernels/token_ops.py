@@ -16,6 +16,7 @@ from dora_core.adapters.kernels.launch import (
     contiguous,
     dropout_threshold,
     empty,
+    low_rank_tiles,
     operand,
     rank_block,
     split,
@@ -39,16 +40,18 @@ def _compose_plan(
     dtype: torch.dtype,
 ) -> tuple:
     column_blocks = cdiv(num_columns, 128)
-    parts, per_part = split(num_tokens, 64, column_blocks, NUM_PROGRAMS)
+    block_t, tiles = low_rank_tiles(rank, (32, 64, 128), dtype)
+    num_programs = NUM_PROGRAMS if tiles["WALK"] else column_blocks * num_tokens
+    parts, per_part = split(num_tokens, block_t, column_blocks, num_programs)
     constants = _compose_kernel.in_order(
         RANK=rank,
         HAS_MAGNITUDE=has_magnitude,
         HAS_BIAS=has_bias,
         DROPOUT=dropout,
-        BLOCK_T=64,
+        BLOCK_T=block_t,
         BLOCK_N=128,
-        BLOCK_R=rank_block(rank),
-        STAGES=3,
+        STAGES=4,
+        **tiles,
         **operand(dtype),
     )
     return (column_blocks, parts, 1), per_part, constants

@@ -17,12 +17,18 @@ from dora_core.adapters.kernels.tiles import (
 
 @triton.jit
 def _updated_tile(
-    weight_ptr, a_ptr, b_ptr, b, rows, columns, row_mask, column_mask, num_columns, scale, stride_w, stride_wc,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    weight_ptr, a_ptr, b_ptr, b, rows, start, row_mask, num_columns, scale, stride_w, stride_wc,
+    RANK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile [rows, columns] of W + s B A in fp32; ``b`` is all of B's rows if r fits into one block."""
+    """A tile [rows, columns from start] of W + s B A in fp32, the columns, and the tile's mask.
+
+    ``b`` is all of B's rows if r fits into one block.
+    """
+    columns = start + tl.arange(0, BLOCK_N)
+    column_mask = columns < num_columns
+    mask = row_mask[:, None] & column_mask[None, :]
     place = rows[:, None].to(tl.int64) * stride_w + columns[None, :] * stride_wc
-    v = tl.load(weight_ptr + place, mask=row_mask[:, None] & column_mask[None, :], other=0.0).to(tl.float32)
+    v = tl.load(weight_ptr + place, mask=mask, other=0.0).to(tl.float32)
     if RANK > 0:
         if RANK <= BLOCK_R:
             k = tl.arange(0, BLOCK_R)
@@ -34,38 +40,57 @@ def _updated_tile(
                 RANK, BLOCK_R, OPERAND, PRECISION,
             )  # fmt: skip
         v += scale * low
-    return v
+    return v, columns, mask
+
+
+@triton.jit
+def _row_squares(
+    weight_ptr, a_ptr, b_ptr, b, rows, start, row_mask, num_columns, scale, stride_w, stride_wc,
+    RANK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The sums of squares [rows] of a tile of W + s B A in fp64."""
+    v, _columns, _mask = _updated_tile(
+        weight_ptr, a_ptr, b_ptr, b, rows, start, row_mask, num_columns, scale, stride_w, stride_wc,
+        RANK, BLOCK_N, BLOCK_R, OPERAND, PRECISION,
+    )  # fmt: skip
+    wide = v.to(tl.float64)
+    return tl.sum(wide * wide, 1)
 
 
 @triton.jit
 def row_norm_kernel(
     weight_ptr, a_ptr, b_ptr, part_ptr, norm_ptr, counter_ptr, num_rows, num_columns, columns_per_part, scale,
     stride_w, stride_wc,
-    RANK: tl.constexpr, NUM_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    STAGES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    RANK: tl.constexpr, NUM_PARTS: tl.constexpr, WALK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, STAGES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """norm [num_rows] in fp32, from part [p, num_rows] in fp64: the squares of V over one part of the columns."""
+    """norm [num_rows] in fp32, from part [p, num_rows] in fp64: the squares of V over one part of the columns.
+
+    Without ``WALK`` a part is one tile.
+    """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
     b = None
     if RANK > 0:
         b = left_factor(b_ptr, rows, tl.arange(0, BLOCK_R), row_mask, RANK, RANK, OPERAND)
     first = tl.program_id(1) * columns_per_part
-    total = tl.zeros([BLOCK_M], tl.float64)
-    for start in tl.range(
-        first,
-        tl.minimum(first + columns_per_part, num_columns),
-        BLOCK_N,
-        num_stages=STAGES,
-    ):
-        columns = start + tl.arange(0, BLOCK_N)
-        column_mask = columns < num_columns
-        v = _updated_tile(
-            weight_ptr, a_ptr, b_ptr, b, rows, columns, row_mask, column_mask, num_columns, scale, stride_w, stride_wc,
-            RANK, BLOCK_R, OPERAND, PRECISION,
+    if WALK:
+        total = tl.zeros([BLOCK_M], tl.float64)
+        for start in tl.range(
+            first,
+            tl.minimum(first + columns_per_part, num_columns),
+            BLOCK_N,
+            num_stages=STAGES,
+        ):
+            total += _row_squares(
+                weight_ptr, a_ptr, b_ptr, b, rows, start, row_mask, num_columns, scale, stride_w, stride_wc,
+                RANK, BLOCK_N, BLOCK_R, OPERAND, PRECISION,
+            )  # fmt: skip
+    else:
+        total = _row_squares(
+            weight_ptr, a_ptr, b_ptr, b, rows, first, row_mask, num_columns, scale, stride_w, stride_wc,
+            RANK, BLOCK_N, BLOCK_R, OPERAND, PRECISION,
         )  # fmt: skip
-        wide = v.to(tl.float64)
-        total += tl.sum(wide * wide, 1)
     tl.store(part_ptr + tl.program_id(1) * num_rows + rows, total, mask=row_mask)
     if comes_last(counter_ptr + tl.program_id(0), NUM_PARTS):
         total = tl.zeros([BLOCK_M], tl.float64)
@@ -80,10 +105,31 @@ def row_norm_kernel(
 
 
 @triton.jit
+def _form_tile(
+    weight_ptr, a_ptr, b_ptr, b, g, row_bits, out_ptr, rows, start, row_mask, num_columns, scale, stride_w, stride_wc,
+    RANK: tl.constexpr, HAS_MAGNITUDE: tl.constexpr, DITHER: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of g (W + s B A)."""
+    v, columns, mask = _updated_tile(
+        weight_ptr, a_ptr, b_ptr, b, rows, start, row_mask, num_columns, scale, stride_w, stride_wc,
+        RANK, BLOCK_N, BLOCK_R, OPERAND, PRECISION,
+    )  # fmt: skip
+    if HAS_MAGNITUDE:
+        v *= g[:, None]
+    if DITHER:
+        threshold = (row_bits[:, None] ^ mixed(columns.to(tl.uint32) * 0x85EBCA77)[None, :]) & 0xFFFF
+        rounded = ((v.to(tl.uint32, bitcast=True) + threshold) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        v = tl.where(v == v, rounded, v)
+    out = out_ptr + rows[:, None].to(tl.int64) * num_columns + columns[None, :]
+    tl.store(out, v.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def effective_weight_kernel(
     weight_ptr, a_ptr, b_ptr, magnitude_ptr, norm_ptr, out_ptr, num_rows, num_columns, columns_per_part, scale,
     stride_w, stride_wc,
-    RANK: tl.constexpr, HAS_MAGNITUDE: tl.constexpr, DITHER: tl.constexpr, BLOCK_M: tl.constexpr,
+    RANK: tl.constexpr, HAS_MAGNITUDE: tl.constexpr, DITHER: tl.constexpr, WALK: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -92,11 +138,12 @@ def effective_weight_kernel(
     ``DITHER`` rounds to bf16 up or down with a pseudo-random threshold that belongs to the element's place. A plain
     rounding would return W itself while g - 1 and s B A are below half a unit in the last place of every element (up
     to 0.4 %): the layer would not notice small magnitudes and updates at all, whereas here their sum over a row is
-    right on average. What is representable, as a fresh layer's weight, is never changed.
+    right on average. What is representable, as a fresh layer's weight, is never changed. Without ``WALK`` a program
+    makes one tile.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
-    b = None
+    b, g, row_bits = None, None, None
     if RANK > 0:
         b = left_factor(b_ptr, rows, tl.arange(0, BLOCK_R), row_mask, RANK, RANK, OPERAND)
     if HAS_MAGNITUDE:
@@ -104,23 +151,19 @@ def effective_weight_kernel(
     if DITHER:
         row_bits = mixed(rows.to(tl.uint32) * 0x9E3779B1)
     first = tl.program_id(1) * columns_per_part
-    for start in tl.range(
-        first,
-        tl.minimum(first + columns_per_part, num_columns),
-        BLOCK_N,
-        num_stages=STAGES,
-    ):
-        columns = start + tl.arange(0, BLOCK_N)
-        column_mask = columns < num_columns
-        v = _updated_tile(
-            weight_ptr, a_ptr, b_ptr, b, rows, columns, row_mask, column_mask, num_columns, scale, stride_w, stride_wc,
-            RANK, BLOCK_R, OPERAND, PRECISION,
+    if WALK:
+        for start in tl.range(
+            first,
+            tl.minimum(first + columns_per_part, num_columns),
+            BLOCK_N,
+            num_stages=STAGES,
+        ):
+            _form_tile(
+                weight_ptr, a_ptr, b_ptr, b, g, row_bits, out_ptr, rows, start, row_mask, num_columns, scale,
+                stride_w, stride_wc, RANK, HAS_MAGNITUDE, DITHER, BLOCK_N, BLOCK_R, OPERAND, PRECISION,
+            )  # fmt: skip
+    else:
+        _form_tile(
+            weight_ptr, a_ptr, b_ptr, b, g, row_bits, out_ptr, rows, first, row_mask, num_columns, scale,
+            stride_w, stride_wc, RANK, HAS_MAGNITUDE, DITHER, BLOCK_N, BLOCK_R, OPERAND, PRECISION,
         )  # fmt: skip
-        if HAS_MAGNITUDE:
-            v *= g[:, None]
-        if DITHER:
-            threshold = (row_bits[:, None] ^ mixed(columns.to(tl.uint32) * 0x85EBCA77)[None, :]) & 0xFFFF
-            rounded = ((v.to(tl.uint32, bitcast=True) + threshold) & 0xFFFF0000).to(tl.float32, bitcast=True)
-            v = tl.where(v == v, rounded, v)
-        out = out_ptr + rows[:, None].to(tl.int64) * num_columns + columns[None, :]
-        tl.store(out, v.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])

@@ -16,32 +16,31 @@ from dora_core.adapters.kernels.launch import (
     contiguous,
     counters,
     empty,
+    low_rank_tiles,
     operand,
-    rank_block,
     split,
 )
 from dora_core.adapters.kernels.library import register
-
-ONE_BLOCK_RANK = 64
-"""Up to this rank one tile of A and B holds all of it, and programs walk along their rows of W."""
 
 _row_norm_kernel = Kernel(weight_kernels.row_norm_kernel)
 _effective_weight_kernel = Kernel(weight_kernels.effective_weight_kernel)
 
 
 @cache
-def _row_norm_plan(num_rows: int, num_columns: int, rank: int, *dtypes: torch.dtype) -> tuple:
-    block_n, stages = (64, 2) if rank <= 2 * ONE_BLOCK_RANK else (128, 1)
-    row_blocks = cdiv(num_rows, 64)
-    parts, per_part = split(num_columns, block_n, row_blocks, NUM_PROGRAMS)
+def _row_norm_plan(num_rows: int, num_columns: int, rank: int, half_weight: bool, *dtypes: torch.dtype) -> tuple:
+    # beside a weight in a half type, factors in fp32 need not be multiplied in three products
+    block_m, tiles = low_rank_tiles(rank, (64, 64, 128), dtypes[-1])
+    row_blocks = cdiv(num_rows, block_m)
+    num_programs = NUM_PROGRAMS // 2 if tiles["WALK"] else row_blocks * num_columns
+    parts, per_part = split(num_columns, 128, row_blocks, num_programs)
     constants = _row_norm_kernel.in_order(
         RANK=rank,
         NUM_PARTS=parts,
-        BLOCK_M=64,
-        BLOCK_N=block_n,
-        BLOCK_R=rank_block(rank),
-        STAGES=stages,
-        **operand(*dtypes),
+        BLOCK_M=block_m,
+        BLOCK_N=128,
+        STAGES=3,
+        **tiles,
+        **operand(*dtypes) | ({"PRECISION": "tf32"} if half_weight else {}),
     )
     return row_blocks, parts, per_part, constants
 
@@ -51,7 +50,9 @@ def _row_norm(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scal
     num_rows, num_columns = weight.shape
     dtypes = (torch.float32,) if lora_A is None else (lora_A.dtype, lora_B.dtype)
     rank = 0 if lora_A is None else lora_A.shape[0]
-    row_blocks, parts, per_part, constants = _row_norm_plan(num_rows, num_columns, rank, *dtypes)
+    row_blocks, parts, per_part, constants = _row_norm_plan(
+        num_rows, num_columns, rank, weight.element_size() == 2, *dtypes
+    )
     part, norm = (
         empty(weight, parts, num_rows, dtype=torch.float64),
         empty(weight, num_rows),
@@ -74,9 +75,9 @@ row_norm = register(
 def _effective_weight_plan(
     num_rows: int, num_columns: int, rank: int, has_magnitude: bool, dtype: torch.dtype
 ) -> tuple:
-    block_m = 64 if rank > ONE_BLOCK_RANK else 32
+    block_m, tiles = low_rank_tiles(rank, (32, 64, 64), dtype)
     row_blocks = cdiv(num_rows, block_m)
-    num_programs = 2 * NUM_PROGRAMS if rank <= ONE_BLOCK_RANK else row_blocks * cdiv(num_columns, 128)
+    num_programs = 2 * NUM_PROGRAMS if tiles["WALK"] else row_blocks * num_columns
     parts, per_part = split(num_columns, 128, row_blocks, num_programs)
     constants = _effective_weight_kernel.in_order(
         RANK=rank,
@@ -84,8 +85,8 @@ def _effective_weight_plan(
         DITHER=dtype == torch.bfloat16,
         BLOCK_M=block_m,
         BLOCK_N=128,
-        BLOCK_R=rank_block(rank),
         STAGES=3,
+        **tiles,
         **operand(dtype),
     )
     return (row_blocks, parts, 1), per_part, constants

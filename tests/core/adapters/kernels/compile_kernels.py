@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 
+import torch
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_for
 
 from dora_core.adapters.kernels import gradient_kernels, token_kernels, weight_kernels
+from dora_core.adapters.kernels.launch import low_rank_tiles
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {"OPERAND": tl.bfloat16, "PRECISION": "tf32"}
@@ -38,20 +40,21 @@ def compile_kernel(function, pointers: tuple, numbers: tuple, **constants) -> No
 def compile_all(rank: int) -> None:
     """Compile every kernel for low-rank factors of ``rank``, 0 for none."""
     tile = {"RANK": rank, "BLOCK_R": min(64, max(16, rank)), **TYPES}
+    low_rank = {**tile, **low_rank_tiles(rank, (64, 64, 128), torch.bfloat16)[1]}
     factors = (HALF, HALF) if rank else (None, None)
     numbers = (*SIZES, "fp32", "i32", 1)
     compile_kernel(
         weight_kernels.row_norm_kernel, (HALF, *factors, WIDE, FULL, COUNTER), numbers,
-        NUM_PARTS=8, BLOCK_M=64, BLOCK_N=64, STAGES=2, **tile,
+        NUM_PARTS=8, BLOCK_M=64, BLOCK_N=128, STAGES=3, **low_rank,
     )  # fmt: skip
     compile_kernel(
         weight_kernels.effective_weight_kernel, (HALF, *factors, FULL, FULL, HALF), numbers,
-        HAS_MAGNITUDE=True, DITHER=True, BLOCK_M=32, BLOCK_N=128, STAGES=3, **tile,
+        HAS_MAGNITUDE=True, DITHER=True, BLOCK_M=32, BLOCK_N=128, STAGES=3, **low_rank,
     )  # fmt: skip
     compile_kernel(
         token_kernels.compose_kernel, (HALF, *factors, FULL, FULL, HALF, SEED if rank else None, HALF),
         (*SIZES, "fp32", "i64", "i32", "i32", 1),
-        HAS_MAGNITUDE=True, HAS_BIAS=True, DROPOUT=rank > 0, BLOCK_T=64, BLOCK_N=128, STAGES=3, **tile,
+        HAS_MAGNITUDE=True, HAS_BIAS=True, DROPOUT=rank > 0, BLOCK_T=32, BLOCK_N=128, STAGES=4, **low_rank,
     )  # fmt: skip
     if rank:
         compile_kernel(
@@ -67,7 +70,8 @@ def compile_all(rank: int) -> None:
             gradient_kernels.token_pass_kernel,
             (HALF, HALF if rank else None, HALF, *inputs, None, HALF, *parts, *results, COUNTER),
             (*SIZES, "fp32", "i32", "i32", 1, "i32"),
-            RIGHT=rank > 0, DOT=True, GAINED=True, DROPOUT=False, FINISH=True, NUM_PARTS=16, BLOCK_T=64, BLOCK_N=64,
+            RIGHT=rank > 0, DOT=True, GAINED=True, DROPOUT=False, FINISH=True, NUM_PARTS=4, BLOCK_T=64, BLOCK_N=64,
+            STAGES=3,
             **finish, **tile,
         )  # fmt: skip
         compile_kernel(
