@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dora_core.adapters import kernels
 from dora_core.adapters.functional import row_norm
 from dora_core.adapters.linear import LoRALinear
 from dora_core.adapters.sharded import gathered
@@ -33,6 +34,8 @@ class DoRALinear(LoRALinear):
         super().__init__(base, rank, alpha, **options)
         self.norm_gradient = norm_gradient
         self.num_norms_computed = 0
+        self.shared_norms: Any = None
+        """While ``reuse_norms`` is active: the ``SharedNorms`` of layers of equal sizes."""
         with gathered([self.weight]):
             self.magnitude = nn.Parameter(row_norm(self.weight, self.lora_A, self.lora_B, self._scale))
 
@@ -43,4 +46,17 @@ class DoRALinear(LoRALinear):
     def _norm(self, compute: Callable[..., Tensor]) -> Tensor:
         if not torch.compiler.is_compiling():
             self.num_norms_computed += 1
+            if self.shared_norms is not None and compute is kernels.row_norm:
+                norm = self.shared_norms.take(self)
+                if norm is not None:
+                    return norm
         return compute(self.weight, self.lora_A, self.lora_B, self._scale)
+
+    def forget(self) -> None:
+        """Forget what was computed from the parameters: they changed."""
+        super().forget()
+        if self.shared_norms is not None:
+            self.shared_norms.drop(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "shared_norms": None}

@@ -11,12 +11,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_core.adapters.linear import LoRALinear
 from dora_core.adapters.shared_input import SharedInput, share_inputs
+from dora_core.adapters.shared_norms import SharedNorms, share_norms
 
 
 class NormReuse:
     """The training loop's word on when parameters changed; made by ``reuse_norms``."""
 
-    def __init__(self, layers: list[LoRALinear], groups: list[SharedInput]) -> None:
+    def __init__(self, layers: list[LoRALinear], groups: list[SharedInput | SharedNorms]) -> None:
         self._layers = layers
         self._groups = groups
 
@@ -35,11 +36,12 @@ def reuse_norms(model: nn.Module) -> Iterator[NormReuse]:
     Micro-batches and the recomputation of activation checkpointing share it. Every step of a ``torch.optim``
     optimizer announces itself (fused ones and those inside DeepSpeed too). Loading, merging, moving, a changed scale
     and edits in place are noticed. A write through ``.data`` must be announced with ``parameters_changed()``. From the
-    second step on, fused layers that are given the same tensor are computed together (``shared_input``).
+    second step on, fused layers that are given the same tensor are computed together (``shared_input``), and norms of
+    layers of equal sizes are computed in one launch (``shared_norms``).
     Blocks may be nested; layers put in within the block, and copies of the model, compute at every call.
     """
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    groups = share_inputs(model)
+    groups = [*share_inputs(model), *share_norms(model)]
     handle = NormReuse(layers, groups)
     hook = register_optimizer_step_post_hook(handle.parameters_changed)
     for layer in layers:

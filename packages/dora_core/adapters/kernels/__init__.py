@@ -1,6 +1,6 @@
 """Fused kernels for adapted layers on a GPU: where they can run, and the rule that picks a way of computing.
 
-Importing this package needs no Triton; calling ``fused_linears`` and ``row_norm`` does.
+Importing this package needs no Triton; calling ``fused_linears``, ``row_norm`` and ``row_norms`` does.
 """
 
 from dora_core.adapters.kernels.cost import Form, choose_backward_form, choose_form
@@ -9,6 +9,7 @@ from dora_core.adapters.kernels.dispatch import (
     kernel_choice,
     refuse,
     row_norm,
+    row_norms,
     why_not_fused,
 )
 from dora_core.adapters.kernels.projection import Projection, Settings
@@ -23,5 +24,6 @@ __all__ = [
     "kernel_choice",
     "refuse",
     "row_norm",
+    "row_norms",
     "why_not_fused",
 ]

@@ -83,3 +83,11 @@ def row_norm(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scale
 
     with torch.inference_mode(False), torch.no_grad():
         return weight_ops.row_norm(weight, lora_A, lora_B, scale)
+
+
+def row_norms(tensors: Sequence[Tensor | None], scale: float, addresses: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Return n [out] of several layers like the one of ``tensors`` W, A and B; see ``kernels.weight_ops.row_norms``."""
+    from dora_core.adapters.kernels import weight_ops
+
+    with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(tensors[0]):
+        return weight_ops.row_norms(*tensors, scale, addresses).unbind()

@@ -59,15 +59,26 @@ def _row_squares(
 
 @triton.jit
 def row_norm_kernel(
-    weight_ptr, a_ptr, b_ptr, part_ptr, norm_ptr, counter_ptr, num_rows, num_columns, columns_per_part, scale,
-    stride_w, stride_wc,
-    RANK: tl.constexpr, NUM_PARTS: tl.constexpr, WALK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr, STAGES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    weight_ptr, a_ptr, b_ptr, part_ptr, norm_ptr, counter_ptr, address_ptr, num_rows, num_columns, columns_per_part,
+    scale, stride_w, stride_wc,
+    RANK: tl.constexpr, NUM_PARTS: tl.constexpr, BATCH: tl.constexpr, WALK: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """norm [num_rows] in fp32, from part [p, num_rows] in fp64: the squares of V over one part of the columns.
 
-    Without ``WALK`` a part is one tile.
+    Without ``WALK`` a part is one tile. ``BATCH``: norm [l, num_rows] of several layers, whose W, A and B, of the
+    types and sizes of those given, are at the addresses [l, 3].
     """
+    if BATCH:
+        layer = tl.program_id(2)
+        weight_ptr = tl.multiple_of(tl.load(address_ptr + 3 * layer).to(weight_ptr.dtype), 16)
+        if RANK > 0:
+            a_ptr = tl.multiple_of(tl.load(address_ptr + 3 * layer + 1).to(a_ptr.dtype), 16)
+            b_ptr = tl.multiple_of(tl.load(address_ptr + 3 * layer + 2).to(b_ptr.dtype), 16)
+        part_ptr += layer * NUM_PARTS * num_rows
+        norm_ptr += layer * num_rows
+        counter_ptr += layer * tl.num_programs(0)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
     b = None

@@ -27,40 +27,50 @@ _effective_weight_kernel = Kernel(weight_kernels.effective_weight_kernel)
 
 
 @cache
-def _row_norm_plan(num_rows: int, num_columns: int, rank: int, half_weight: bool, *dtypes: torch.dtype) -> tuple:
-    # beside a weight in a half type, factors in fp32 need not be multiplied in three products
+def _row_norm_plan(
+    num_rows: int, num_columns: int, rank: int, batch: bool, half_weight: bool, *dtypes: torch.dtype
+) -> tuple:
     block_m, tiles = low_rank_tiles(rank, (64, 64, 128), dtypes[-1])
     row_blocks = cdiv(num_rows, block_m)
     num_programs = NUM_PROGRAMS // 2 if tiles["WALK"] else row_blocks * num_columns
     parts, per_part = split(num_columns, 128, row_blocks, num_programs)
+    types = operand(*dtypes)
+    if half_weight:  # beside which factors in fp32 need not be multiplied in three products
+        types["PRECISION"] = "tf32"
     constants = _row_norm_kernel.in_order(
         RANK=rank,
         NUM_PARTS=parts,
+        BATCH=batch,
         BLOCK_M=block_m,
         BLOCK_N=128,
         STAGES=3,
         **tiles,
-        **operand(*dtypes) | ({"PRECISION": "tf32"} if half_weight else {}),
+        **types,
     )
     return row_blocks, parts, per_part, constants
 
 
-def _row_norm(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scale: float) -> Tensor:
-    lora_A, lora_B = contiguous(lora_A), contiguous(lora_B)
+def _launch_row_norm(
+    weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scale: float, addresses: Tensor | None = None
+) -> Tensor:
+    """Return norm [l, out] of the layers at ``addresses`` [l, 3], which are like the one given, or of that one."""
     num_rows, num_columns = weight.shape
     dtypes = (torch.float32,) if lora_A is None else (lora_A.dtype, lora_B.dtype)
     rank = 0 if lora_A is None else lora_A.shape[0]
-    row_blocks, parts, per_part, constants = _row_norm_plan(
-        num_rows, num_columns, rank, weight.element_size() == 2, *dtypes
-    )
-    part, norm = (
-        empty(weight, parts, num_rows, dtype=torch.float64),
-        empty(weight, num_rows),
-    )
+    sizes = (num_rows, num_columns, rank, addresses is not None, weight.element_size() == 2)
+    row_blocks, parts, per_part, constants = _row_norm_plan(*sizes, *dtypes)
+    num_layers = 1 if addresses is None else len(addresses)
+    part = empty(weight, num_layers, parts, num_rows, dtype=torch.float64)
+    norm = empty(weight, num_layers, num_rows)
+    counter = counters(weight.device, num_layers * row_blocks)
     numbers = (num_rows, num_columns, per_part, float(scale), *weight.stride())
-    tensors = (weight, lora_A, lora_B, part, norm, counters(weight.device, row_blocks))
-    _row_norm_kernel((row_blocks, parts, 1), tensors, numbers, constants)
+    tensors = (weight, lora_A, lora_B, part, norm, counter, addresses)
+    _row_norm_kernel((row_blocks, parts, num_layers), tensors, numbers, constants)
     return norm
+
+
+def _row_norm(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scale: float) -> Tensor:
+    return _launch_row_norm(weight, contiguous(lora_A), contiguous(lora_B), scale)[0]
 
 
 row_norm = register(
@@ -69,6 +79,23 @@ row_norm = register(
     lambda weight, lora_A, lora_B, scale: empty(weight, weight.shape[0]),
 )
 """n [out] in fp32, the row norms of W + s B A [out, in]. Squares are summed in fp64, as by the plain ``row_norm``."""
+
+
+def row_norms(
+    weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scale: float, addresses: tuple[int, ...]
+) -> Tensor:
+    """Return the norms [l, out] of several layers in one launch: bit for bit what ``row_norm`` returns for each.
+
+    ``addresses`` has three numbers for each layer, where W, A and B begin, multiples of 16 and 0 for what the layers
+    lack. All must be contiguous tensors of the types and sizes of those of the first layer, which are given. Not an
+    operator, as nothing could be known of what is at the addresses.
+    """
+    return _launch_row_norm(weight, lora_A, lora_B, scale, _table(weight.device, addresses))
+
+
+@lru_cache(MAX_KNOWN)
+def _table(device: torch.device, addresses: tuple[int, ...]) -> Tensor:
+    return torch.tensor(addresses, dtype=torch.int64, device=device).view(-1, 3)
 
 
 @lru_cache(MAX_KNOWN)

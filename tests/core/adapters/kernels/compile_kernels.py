@@ -43,10 +43,11 @@ def compile_all(rank: int) -> None:
     low_rank = {**tile, **low_rank_tiles(rank, (64, 64, 128), torch.bfloat16)[1]}
     factors = (HALF, HALF) if rank else (None, None)
     numbers = (*SIZES, "fp32", "i32", 1)
-    compile_kernel(
-        weight_kernels.row_norm_kernel, (HALF, *factors, WIDE, FULL, COUNTER), numbers,
-        NUM_PARTS=8, BLOCK_M=64, BLOCK_N=128, STAGES=3, **low_rank,
-    )  # fmt: skip
+    for batch in (False, True):
+        compile_kernel(
+            weight_kernels.row_norm_kernel, (HALF, *factors, WIDE, FULL, COUNTER, SEED if batch else None), numbers,
+            NUM_PARTS=8, BATCH=batch, BLOCK_M=64, BLOCK_N=128, STAGES=3, **low_rank,
+        )  # fmt: skip
     compile_kernel(
         weight_kernels.effective_weight_kernel, (HALF, *factors, FULL, FULL, HALF), numbers,
         HAS_MAGNITUDE=True, DITHER=True, BLOCK_M=32, BLOCK_N=128, STAGES=3, **low_rank,

@@ -114,6 +114,74 @@ def test_an_edit_between_two_siblings_reaches_the_second(device):
     torch.testing.assert_close(second, block.k_proj(x))
 
 
+@pytest.fixture
+def launches(monkeypatch) -> list[str]:
+    """How norms are asked for: ``alone`` or ``together``."""
+    seen: list[str] = []
+    for name, how in (("row_norm", "alone"), ("row_norms", "together")):
+        function = getattr(weight_ops, name)
+        monkeypatch.setattr(weight_ops, name, lambda *a, f=function, how=how: (seen.append(how), f(*a))[1])
+    return seen
+
+
+def test_layers_of_equal_sizes_have_their_norms_computed_in_one_launch(launches, device):
+    block = Block(kernel="fused").to(device)
+    x = torch.randn(3, 16, device=device)
+    expected = [layer.projection().norm for layer in block.children()]
+    launches.clear()
+    with reuse_norms(block) as reuse, torch.no_grad():
+        for _ in range(2):
+            block(x), block(x)
+            reuse.parameters_changed()
+            assert launches == ["together"]
+            launches.clear()
+        block(x)
+        assert all(torch.equal(layer.projection().norm, norm) for layer, norm in zip(block.children(), expected))
+    block(x)
+    assert launches == ["together", *["alone"] * 4]
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced", "scale", "converted"])
+def test_a_layer_that_changed_while_its_norm_was_waiting_computes_it_again(how, launches, device):
+    block = Block(kernel="fused").to(device)
+    x = torch.randn(3, 16, device=device)
+    layer = block.k_proj
+    with reuse_norms(block), torch.no_grad():
+        block.q_proj(x)
+        if how == "in place":
+            layer.lora_B.mul_(2)
+        elif how == "replaced":
+            layer.lora_B = nn.Parameter(2 * layer.lora_B)
+        elif how == "scale":
+            layer.scale *= 2
+        else:
+            layer.float()
+        norm = layer.projection().norm
+        block.v_proj(x)
+    assert launches == ["together", "alone"]
+    torch.testing.assert_close(norm, layer.projection().norm)
+
+
+@pytest.mark.parametrize("how", ["other sizes", "other scale", "replaced by a view"])
+def test_layers_that_are_no_longer_alike_have_norms_of_their_own(how, launches, device):
+    block = Block(kernel="fused").to(device)
+    with reuse_norms(block) as reuse, torch.no_grad():
+        block(torch.randn(3, 16, device=device))
+        if how == "other sizes":
+            block.k_proj.lora_A = nn.Parameter(torch.randn(2, 16, device=device))
+            block.k_proj.lora_B = nn.Parameter(torch.randn(16, 2, device=device))
+        elif how == "other scale":
+            block.k_proj.scale *= 2
+        else:
+            block.k_proj.lora_A = nn.Parameter(torch.randn(16, 4, device=device).t())
+        reuse.parameters_changed()
+        launches.clear()
+        norms = [layer.projection().norm for layer in block.children()]
+    assert launches == ["alone"] * 4
+    for norm, layer in zip(norms, block.children(), strict=True):
+        torch.testing.assert_close(norm, layer.projection().norm)
+
+
 def test_inference_mode_leaves_norms_that_training_can_use(device):
     block = Block(kernel="fused").to(device)
     x = torch.randn(3, 16, device=device)
@@ -131,9 +199,12 @@ def test_inner_blocks_leave_the_outer_ones_sharing(device):
         outer = block.q_proj.shared_input
         with reuse_norms(block):
             assert block.q_proj.shared_input is outer
+        assert block.q_proj.shared_norms is not None
+        assert copy.deepcopy(block).q_proj.shared_norms is None
         assert block.q_proj.shared_input is outer is not None
         assert copy.deepcopy(block).q_proj.shared_input is None
     assert block.q_proj.shared_input is None
+    assert block.q_proj.shared_norms is None
 
 
 @pytest.mark.parametrize("how", ["in place", "data", "load", "gathered"])

@@ -1,0 +1,98 @@
+"""Norms of many layers in one launch: a norm alone is so short that launching it costs as much."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from dora_core.adapters import kernels
+from dora_core.adapters.dora_linear import DoRALinear
+from dora_core.adapters.sharded import is_partitioned
+
+MAX_LAYERS = 16
+"""Of one launch: enough to hide its cost; its partial sums take up to 3 MB a layer of LLaMA-7B's widths."""
+
+
+class SharedNorms:
+    """Layers of equal sizes: whoever is asked for its norm first in an optimizer step computes that of all."""
+
+    def __init__(self, layers: Sequence[DoRALinear]) -> None:
+        self._layers = layers
+        self._key = _key(layers[0])
+        self._addresses: tuple[int, ...] | None = None
+        """Where the tensors were when they were last seen to be alike."""
+        self._norms: dict[DoRALinear, tuple[list[nn.Parameter | None], list[int], Tensor]] | None = None
+        """Those that nobody has taken yet, with what they were computed from; None before any is."""
+        for layer in layers:
+            layer.shared_norms = self
+
+    def take(self, layer: DoRALinear) -> Tensor | None:
+        """Return n [out] of ``layer``, once per step; None if it was taken or the layer has changed since."""
+        if self._norms is None:
+            self._norms = self._compute()
+        tensors, versions, norm = self._norms.pop(layer, ([], [], None))
+        now = _tensors(layer)
+        unchanged = versions == layer.versions() and all(a is b for a, b in zip(tensors, now, strict=False))
+        return norm if unchanged else None
+
+    def _compute(self) -> dict[DoRALinear, tuple[list[nn.Parameter | None], list[int], Tensor]]:
+        tensors = [_tensors(layer) for layer in self._layers]
+        addresses = tuple([0 if tensor is None else tensor.data_ptr() for each in tensors for tensor in each])
+        if addresses != self._addresses:
+            self._key = _key(self._layers[0])
+            self._addresses = addresses if all(_key(layer) == self._key for layer in self._layers) else None
+        scale = self._layers[0].scale
+        if self._addresses is None or self._key is None or any(layer.scale != scale for layer in self._layers):
+            return {}
+        norms = kernels.row_norms(tensors[0], scale, addresses)
+        return {
+            layer: (own, layer.versions(), norm)
+            for layer, own, norm in zip(self._layers, tensors, norms, strict=True)
+        }
+
+    def drop(self, layer: DoRALinear) -> None:
+        """Do not return the norm that may be waiting for ``layer``."""
+        if self._norms is not None:
+            self._norms.pop(layer, None)
+
+    def forget(self) -> None:
+        """Parameters changed: compute all again when the next is asked for."""
+        self._norms = None
+
+    def dissolve(self) -> None:
+        """Let each layer compute its norm by itself again."""
+        for layer in self._layers:
+            layer.shared_norms = None
+
+
+def share_norms(model: nn.Module) -> list[SharedNorms]:
+    """Let the DoRA layers of ``model`` that have equal sizes compute norms together, but for those that do already."""
+    by_key: dict[tuple, list[DoRALinear]] = {}
+    for layer in model.modules():
+        if isinstance(layer, DoRALinear) and layer.shared_norms is None and (key := _key(layer)) is not None:
+            by_key.setdefault(key, []).append(layer)
+    shared = []
+    for layers in by_key.values():
+        for start in range(0, len(layers), MAX_LAYERS):
+            if len(some := layers[start : start + MAX_LAYERS]) > 1:
+                shared.append(SharedNorms(some))
+    return shared
+
+
+def _tensors(layer: DoRALinear) -> list[nn.Parameter | None]:
+    own = layer._parameters  # attributes of a module take longer to find
+    return [own["weight"], own["lora_A"], own["lora_B"]]
+
+
+def _key(layer: DoRALinear) -> tuple | None:
+    """What must be equal in layers whose norms are computed together; None if that is impossible."""
+    tensors = [tensor for tensor in _tensors(layer) if tensor is not None]
+    weight = layer.weight
+    if layer.kernel == "plain" or any(is_partitioned(tensor) for tensor in tensors):
+        return None
+    if kernels.why_not_fused(weight.device.type, weight.dtype) is not None:
+        return None
+    if not all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors):
+        return None
+    return (weight.device, *((tensor.shape, tensor.dtype) for tensor in tensors))
