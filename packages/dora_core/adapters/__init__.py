@@ -5,8 +5,8 @@ from dora_core.adapters.config import AdapterConfig
 from dora_core.adapters.dora_linear import DoRALinear
 from dora_core.adapters.groups import parameter_groups
 from dora_core.adapters.inject import AdapterError, apply_adapters
-from dora_core.adapters.linear import LoRALinear, adapters_disabled
-from dora_core.adapters.merge import MergeReport, merge_adapters, merge_and_unload, unmerge_adapters
+from dora_core.adapters.linear import LoRALinear
+from dora_core.adapters.merge import MergeReport, adapters_disabled, merge_adapters, merge_and_unload, unmerge_adapters
 from dora_core.adapters.norm_reuse import NormReuse, reuse_norms
 from dora_core.adapters.report import AdapterReport
 

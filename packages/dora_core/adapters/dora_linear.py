@@ -43,14 +43,15 @@ class DoRALinear(LoRALinear):
     def _full_norm_gradient(self) -> bool:
         return self.norm_gradient == "full" and self.rank > 0
 
-    def _norm(self, compute: Callable[..., Tensor]) -> Tensor:
+    def _norm(self, tensors: tuple, versions: list[int] | None, compute: Callable[..., Tensor]) -> Tensor:
         if not torch.compiler.is_compiling():
             self.num_norms_computed += 1
             if self.shared_norms is not None and compute is kernels.row_norm:
-                norm = self.shared_norms.take(self)
+                norm = self.shared_norms.take(self, tensors, versions)
                 if norm is not None:
                     return norm
-        return compute(self.weight, self.lora_A, self.lora_B, self._scale)
+        weight, _, lora_A, lora_B, _ = tensors
+        return compute(weight, lora_A, lora_B, self._scale)
 
     def forget(self) -> None:
         """Forget what was computed from the parameters: they changed."""

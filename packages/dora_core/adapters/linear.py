@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -124,10 +123,9 @@ class LoRALinear(nn.Module):
 
     def projection(self, compute_norm: Callable[..., Tensor] = kernels.row_norm) -> kernels.Projection:
         """Return the layer's tensors and settings, with the norm; while ``reuse_norms`` is active, the last ones."""
-        own = self._parameters  # attributes of a module take longer to find
-        tensors = (own["weight"], own["bias"], own["lora_A"], own["lora_B"], own["magnitude"])
+        tensors = self.tensors()
         if not self.num_reuse_blocks or torch.compiler.is_compiling():  # a graph holds no state
-            return self._projection(tensors, compute_norm)
+            return self._projection(tensors, None, compute_norm)
         # reuse_norms says when an optimizer stepped. Versions only add what they do notice, edits in place
         # and replaced tensors; they miss fused optimizers and writes through .data, so alone they prove nothing.
         versions = _versions(tensors)
@@ -135,12 +133,14 @@ class LoRALinear(nn.Module):
             known_versions, known = self._known
             if known_versions == versions and all([a is b for a, b in zip(known, tensors, strict=False)]):
                 return known
-        projection = self._projection(tensors, compute_norm)
+        projection = self._projection(tensors, versions, compute_norm)
         self._known = (versions, projection)
         return projection
 
-    def _projection(self, tensors: tuple, compute_norm: Callable[..., Tensor]) -> kernels.Projection:
-        norm = self._norm(compute_norm)
+    def _projection(
+        self, tensors: tuple, versions: list[int] | None, compute_norm: Callable[..., Tensor]
+    ) -> kernels.Projection:
+        norm = self._norm(tensors, versions, compute_norm)
         settings = kernels.Settings(self._scale, self._full_norm_gradient, self._untouched(norm))
         return kernels.Projection(*tensors, norm, settings)
 
@@ -148,9 +148,14 @@ class LoRALinear(nn.Module):
         """Forget what was computed from the parameters: they changed."""
         self._known = None
 
+    def tensors(self) -> tuple[nn.Parameter | None, ...]:
+        """Return W, bias, A, B and m."""
+        own = self._parameters  # attributes of a module take longer to find
+        return own["weight"], own["bias"], own["lora_A"], own["lora_B"], own["magnitude"]
+
     def versions(self) -> list[int]:
-        """Return how often torch saw each parameter change."""
-        return _versions(self._parameters.values())
+        """Return how often torch saw each of ``tensors`` change."""
+        return _versions(self.tensors())
 
     def can_share(self) -> bool:
         """Whether a sibling's call can compute this layer: ZeRO-3 gathers a layer's weights for its own call alone."""
@@ -166,7 +171,7 @@ class LoRALinear(nn.Module):
 
     _full_norm_gradient = False
 
-    def _norm(self, compute: Callable[..., Tensor]) -> Tensor | None:
+    def _norm(self, tensors: tuple, versions: list[int] | None, compute: Callable[..., Tensor]) -> Tensor | None:
         return None
 
     def _untouched(self, norm: Tensor | None) -> bool:
@@ -229,21 +234,3 @@ class LoRALinear(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.invalidate()
-
-
-@contextmanager
-def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Within the block every adapted layer returns the base layer's output."""
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    before = [layer.enabled for layer in layers]
-    if any(layer.merged for layer in layers):
-        raise ValueError(
-            "The adapter is merged into the weights, so it cannot be disabled. Call unmerge_adapters first."
-        )
-    for layer in layers:
-        layer.enabled = False
-    try:
-        yield
-    finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled

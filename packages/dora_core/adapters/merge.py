@@ -1,4 +1,4 @@
-"""Merge adapters into the weights and take them out again, with the error stated."""
+"""Merge adapters into the weights, take them out again or turn them off, with the error of a merge stated."""
 
 from __future__ import annotations
 
@@ -100,3 +100,21 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Within the block every adapted layer returns the base layer's output."""
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    before = [layer.enabled for layer in layers]
+    if any(layer.merged for layer in layers):
+        raise ValueError(
+            "The adapter is merged into the weights, so it cannot be disabled. Call unmerge_adapters first."
+        )
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled

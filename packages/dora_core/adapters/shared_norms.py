@@ -19,37 +19,35 @@ class SharedNorms:
 
     def __init__(self, layers: Sequence[DoRALinear]) -> None:
         self._layers = layers
-        self._key = _key(layers[0])
         self._addresses: tuple[int, ...] | None = None
         """Where the tensors were when they were last seen to be alike."""
-        self._norms: dict[DoRALinear, tuple[list[nn.Parameter | None], list[int], Tensor]] | None = None
-        """Those that nobody has taken yet, with what they were computed from; None before any is."""
+        self._norms: dict[DoRALinear, tuple[tuple, list[int], Tensor]] | None = None
+        """Those that nobody has taken yet, with the parameters that they were computed from; None before any is."""
         for layer in layers:
             layer.shared_norms = self
 
-    def take(self, layer: DoRALinear) -> Tensor | None:
-        """Return n [out] of ``layer``, once per step; None if it was taken or the layer has changed since."""
+    def take(self, layer: DoRALinear, tensors: tuple, versions: list[int]) -> Tensor | None:
+        """Return n [out] of ``layer``, once per step; None if it was taken or is not that of these parameters."""
         if self._norms is None:
             self._norms = self._compute()
-        tensors, versions, norm = self._norms.pop(layer, ([], [], None))
-        now = _tensors(layer)
-        unchanged = versions == layer.versions() and all(a is b for a, b in zip(tensors, now, strict=False))
-        return norm if unchanged else None
+        known, known_versions, norm = self._norms.pop(layer, ((), [], None))
+        same = known_versions == versions and all([a is b for a, b in zip(known, tensors, strict=False)])
+        return norm if same else None
 
-    def _compute(self) -> dict[DoRALinear, tuple[list[nn.Parameter | None], list[int], Tensor]]:
-        tensors = [_tensors(layer) for layer in self._layers]
-        addresses = tuple([0 if tensor is None else tensor.data_ptr() for each in tensors for tensor in each])
+    def _compute(self) -> dict[DoRALinear, tuple[tuple, list[int], Tensor]]:
+        tensors = [layer.tensors() for layer in self._layers]
+        factors = [(weight, lora_A, lora_B) for weight, _, lora_A, lora_B, _ in tensors]
+        addresses = tuple([0 if tensor is None else tensor.data_ptr() for each in factors for tensor in each])
         if addresses != self._addresses:
-            self._key = _key(self._layers[0])
-            self._addresses = addresses if all(_key(layer) == self._key for layer in self._layers) else None
+            key = _key(self._layers[0])
+            alike = key is not None and all([_key(layer) == key for layer in self._layers])
+            self._addresses = addresses if alike else None
         scale = self._layers[0].scale
-        if self._addresses is None or self._key is None or any(layer.scale != scale for layer in self._layers):
+        if self._addresses is None or any([layer.scale != scale for layer in self._layers]):
             return {}
-        norms = kernels.row_norms(tensors[0], scale, addresses)
-        return {
-            layer: (own, layer.versions(), norm)
-            for layer, own, norm in zip(self._layers, tensors, norms, strict=True)
-        }
+        norms = kernels.row_norms(factors[0], scale, addresses)
+        own = zip(self._layers, tensors, norms, strict=True)
+        return {layer: (each, layer.versions(), norm) for layer, each, norm in own}
 
     def drop(self, layer: DoRALinear) -> None:
         """Do not return the norm that may be waiting for ``layer``."""
@@ -80,19 +78,14 @@ def share_norms(model: nn.Module) -> list[SharedNorms]:
     return shared
 
 
-def _tensors(layer: DoRALinear) -> list[nn.Parameter | None]:
-    own = layer._parameters  # attributes of a module take longer to find
-    return [own["weight"], own["lora_A"], own["lora_B"]]
-
-
 def _key(layer: DoRALinear) -> tuple | None:
     """What must be equal in layers whose norms are computed together; None if that is impossible."""
-    tensors = [tensor for tensor in _tensors(layer) if tensor is not None]
-    weight = layer.weight
+    weight, _, *factors, _ = layer.tensors()
+    tensors = [tensor for tensor in (weight, *factors) if tensor is not None]
     if layer.kernel == "plain" or any(is_partitioned(tensor) for tensor in tensors):
         return None
     if kernels.why_not_fused(weight.device.type, weight.dtype) is not None:
         return None
     if not all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors):
         return None
-    return (weight.device, *((tensor.shape, tensor.dtype) for tensor in tensors))
+    return (weight.device, layer.scale, *((tensor.shape, tensor.dtype) for tensor in tensors))

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -17,8 +16,12 @@ from dora_core.adapters.kernels.projection import Projection
 from dora_core.adapters.kernels.token_ops import compose, dropped_product
 from dora_core.adapters.kernels.weight_ops import effective_weight
 
-NUM_TENSORS = len(Projection._fields) - 1
+linear = torch._C._nn.linear
+"""``F.linear`` itself, for which ZeRO-3 puts a slower one of its own."""
+NUM_TRAINED = 4
+"""Of a projection's tensors those that may have a gradient: bias, A, B and m."""
 NUM_OTHERS = 5
+"""Arguments of the function before them."""
 
 
 def fused_linears(x: Tensor, projections: Sequence[Projection], dropout: float = 0.0) -> tuple[Tensor, ...]:
@@ -34,39 +37,34 @@ def fused_linears(x: Tensor, projections: Sequence[Projection], dropout: float =
     seed = torch.randint(2**31, (1,), device=x.device) if dropout > 0 else None
     if not torch.is_grad_enabled():
         return tuple(_forward(x, projections, [False] * len(projections), seed, dropout)[0])
-    tensors = [tensor for projection in projections for tensor in projection[:NUM_TENSORS]]
-    if torch.compiler.is_compiling():
-        known, settings = None, tuple(projection.settings for projection in projections)
-    else:
-        known, settings = projections, None
-    return _FusedLinears.apply(x, seed, dropout, known, settings, *tensors)
+    tensors = [tensor for p in projections for tensor in (p.bias, p.lora_A, p.lora_B, p.magnitude)]
+    if not torch.compiler.is_compiling():
+        return _FusedLinears.apply(x, seed, dropout, projections, None, *tensors)
+    tensors += [tensor for p in projections for tensor in (p.weight, p.norm)]
+    return _FusedLinears.apply(x, seed, dropout, None, tuple(p.settings for p in projections), *tensors)
 
 
 def _forward(
     x: Tensor, projections: Sequence[Projection], keeps: Sequence[bool], seed: Tensor | None, dropout: float
 ) -> tuple[list[Tensor], list[Tensor | None], list[bool], Tensor | None]:
     """Return outputs [..., out], what m needs of them where ``keeps``, whether it is the output, and hidden."""
-    shape, dtype = x.shape, x.dtype
-    x = x.reshape(-1, shape[-1])
+    dtype = x.dtype
     forms = [_forward_form(p, x, seed, each) for p, each in zip(projections, keeps, strict=True)]
-    hidden = _hidden(x, projections, seed, dropout) if "composed" in forms else None
+    hidden = _hidden(_flat(x), projections, seed, dropout) if "composed" in forms else None
     outputs, kept = [], []
     for p, form, keep, low in zip(projections, forms, keeps, _slices(hidden, projections), strict=True):
         bias, base = cast(p.bias, dtype), None
         if form == "merged":
-            formed = _formed(p, dtype).t()  # not F.linear, for which ZeRO-3 puts a slower one of its own
-            y = torch.mm(x, formed) if bias is None else torch.addmm(bias, x, formed)
+            y = linear(x, _formed(p, dtype), bias)
         elif p.settings.untouched:  # the base layer's own kernel, so that the result is its result bit for bit
-            y = F.linear(x, cast(p.weight, dtype), bias)
+            y = linear(x, cast(p.weight, dtype), bias)
             if keep and bias is not None:
-                base = torch.mm(x, cast(p.weight, dtype).t())
+                base = linear(x, cast(p.weight, dtype))
         else:
-            base = torch.mm(x, cast(p.weight, dtype).t())
+            base = linear(x, cast(p.weight, dtype))
             y = compose(base, low, p.lora_B, p.magnitude, p.norm, bias, p.settings.scale)
             if not _needs_base(p, x):
                 base = None
-        if len(shape) != 2:  # a plain view could not be written to in place by who gets it
-            y = torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[-1]))
         outputs.append(y)
         kept.append((y if base is None else base) if keep else None)
     return outputs, kept, [y is each for y, each in zip(outputs, kept, strict=True)], hidden
@@ -81,10 +79,10 @@ class _FusedLinears(torch.autograd.Function):
         # Only while tracing, ``projections`` is None and they must be saved.
         ctx.known, saved = projections, tensors if projections is None else ()
         projections = projections or _projections(tensors, settings)
-        needs = _grouped(ctx.needs_input_grad[NUM_OTHERS:])
-        keeps = [_keeps_output(p, need[4]) for p, need in zip(projections, needs, strict=True)]
+        needs = _needs(ctx, len(projections))
+        keeps = [_keeps_output(p, need[3]) for p, need in zip(projections, needs, strict=True)]
         outputs, kept, ctx.kept_is_output, hidden = _forward(x, projections, keeps, seed, dropout)
-        keeps_x = any([n[2] or n[3] for n in needs]) or any(keeps)
+        keeps_x = any([n[1] or n[2] for n in needs]) or any(keeps)
         ctx.save_for_backward(x if keeps_x else None, seed, hidden if keeps_x else None, *kept, *saved)
         ctx.versions = None if saved else _versions(projections)
         ctx.options = (x.shape, dropout, settings, x.dtype)
@@ -103,12 +101,12 @@ class _FusedLinears(torch.autograd.Function):
                 "A parameter of an adapted layer was modified in place between its forward and its backward pass. "
                 "Step the optimizer after the backward pass."
             )
-        needs = _grouped(ctx.needs_input_grad[NUM_OTHERS:])
+        needs = _needs(ctx, len(projections))
         need_x = ctx.needs_input_grad[0]
         merged = seed is None and _backward_form(projections, math.prod(shape[:-1])) == "merged"
         if hidden is None and x is not None:
             hidden = _hidden(x, projections, seed, dropout)
-        wants_u = any(need[2] for need in needs) or (need_x and not merged)
+        wants_u = any([need[1] for need in needs]) or (need_x and not merged)
         dx, us, grads, norm_parts = None, [], [], {}
         for i, (p, need, low) in enumerate(zip(projections, needs, _slices(hidden, projections), strict=True)):
             dy = cast(_flat(dys[i]), dtype)
@@ -127,17 +125,8 @@ class _FusedLinears(torch.autograd.Function):
             if need_x:
                 factors = (dy, formed) if merged else (gained_dy, cast(p.weight, dtype))
                 dx = torch.mm(*factors) if dx is None else dx.addmm_(*factors)
-            d_bias = dy.sum(0, dtype=torch.float32).to(p.bias.dtype) if need[1] else None
-            grads.append(
-                [
-                    None,
-                    d_bias,
-                    None,
-                    dB if need[3] else None,
-                    dm if need[4] else None,
-                    None,
-                ]
-            )
+            d_bias = dy.sum(0, dtype=torch.float32).to(p.bias.dtype) if need[0] else None
+            grads.append([d_bias, None, dB if need[2] else None, dm if need[3] else None])
         if us:
             u = us[0] if len(us) == 1 else torch.cat(us, 1)
             if need_x and seed is not None:
@@ -154,10 +143,11 @@ class _FusedLinears(torch.autograd.Function):
                 )
             elif need_x and not merged:
                 dx.addmm_(u, _stacked_a(projections, dtype))
-            if any(need[2] for need in needs):
+            if any([need[1] for need in needs]):
                 _give_gradients_of_a(grads, norm_parts, projections, x, u, seed, dropout)
         dx = None if dx is None else dx.view(shape)
-        return (dx, None, None, None, None, *(grad for each in grads for grad in each))
+        frozen = () if ctx.known else (None,) * (2 * len(projections))
+        return (dx, None, None, None, None, *[grad for each in grads for grad in each], *frozen)
 
 
 def _give_gradients_of_a(grads, norm_parts, projections, x, u, seed, dropout) -> None:
@@ -165,7 +155,7 @@ def _give_gradients_of_a(grads, norm_parts, projections, x, u, seed, dropout) ->
     dtype = ranked[0][1].lora_A.dtype
     dA = transposed_product(u, x, dtype) if seed is None else dropped_gradient(x, u, seed, dropout)
     for (i, p), part in zip(ranked, dA.split_with_sizes([p.rank for _, p in ranked]), strict=True):
-        grads[i][2] = (part + norm_parts[i] if i in norm_parts else part).to(p.lora_A.dtype)
+        grads[i][1] = (part + norm_parts[i] if i in norm_parts else part).to(p.lora_A.dtype)
 
 
 def _flat(tensor: Tensor | None) -> Tensor | None:
@@ -173,11 +163,21 @@ def _flat(tensor: Tensor | None) -> Tensor | None:
 
 
 def _projections(tensors: Sequence[Tensor | None], settings: Sequence) -> list[Projection]:
-    return [Projection(*each, own) for each, own in zip(_grouped(tensors), settings, strict=True)]
+    found = []
+    for i, own in enumerate(settings):
+        bias, lora_A, lora_B, magnitude = tensors[NUM_TRAINED * i :][:NUM_TRAINED]
+        weight, norm = tensors[NUM_TRAINED * len(settings) + 2 * i :][:2]
+        found.append(Projection(weight, bias, lora_A, lora_B, magnitude, norm, own))
+    return found
 
 
-def _grouped(values: Sequence) -> list[Sequence]:
-    return [values[start : start + NUM_TENSORS] for start in range(0, len(values), NUM_TENSORS)]
+def _needs(ctx, num_projections: int) -> list[Sequence[bool]]:
+    """Of each projection, whether its bias, A, B and m need a gradient."""
+    needs = ctx.needs_input_grad
+    return [
+        needs[start : start + NUM_TRAINED]
+        for start in range(NUM_OTHERS, NUM_OTHERS + NUM_TRAINED * num_projections, NUM_TRAINED)
+    ]
 
 
 def _versions(projections: Sequence[Projection]) -> list[int]:
@@ -193,7 +193,8 @@ def _forward_form(p: Projection, x: Tensor, seed: Tensor | None, keeps: bool) ->
     # a formed weight has no base product, and cannot have dropout
     if seed is not None or (keeps and _needs_base(p, x)) or p.settings.untouched:
         return "composed"
-    return p.settings.form or choose_form(x.shape[0], p.weight.shape[1], p.weight.shape[0], p.rank)
+    out_features, in_features = p.weight.shape
+    return p.settings.form or choose_form(x.numel() // in_features, in_features, out_features, p.rank)
 
 
 def _needs_base(p: Projection, x: Tensor) -> bool:

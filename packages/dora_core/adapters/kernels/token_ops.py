@@ -69,7 +69,8 @@ def _compose(
     dropout: float = 0.0,
 ) -> Tensor:
     base = contiguous(base)
-    num_tokens, num_columns = base.shape
+    num_columns = base.shape[-1]
+    num_tokens = base.numel() // num_columns
     hidden, rank, hidden_stride = with_unit_stride(hidden)
     flags = (magnitude is not None, bias is not None, seed is not None)
     grid, per_part, constants = _compose_plan(num_tokens, num_columns, rank, *flags, base.dtype)
@@ -100,7 +101,7 @@ compose = register(
     _compose,
     lambda base, *_: base.new_empty(base.shape),
 )
-"""g (base + s drop(hidden factor^T)) + bias [T, N] for base [T, N], hidden [T, r], factor [N, r] (B, or A^T)."""
+"""g (base + s drop(hidden factor^T)) + bias for base [..., N] with T rows, hidden [T, r], factor [N, r] (B, or A^T)."""
 
 
 def sum_parts(part: Tensor, dtype: torch.dtype, factor: float) -> Tensor:

@@ -136,7 +136,9 @@ def test_layers_of_equal_sizes_have_their_norms_computed_in_one_launch(launches,
             assert launches == ["together"]
             launches.clear()
         block(x)
-        assert all(torch.equal(layer.projection().norm, norm) for layer, norm in zip(block.children(), expected))
+        assert all(
+            torch.equal(layer.projection().norm, norm) for layer, norm in zip(block.children(), expected, strict=True)
+        )
     block(x)
     assert launches == ["together", *["alone"] * 4]
 
