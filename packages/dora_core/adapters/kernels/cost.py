@@ -8,7 +8,7 @@ Form = Literal["merged", "composed"]
 
 BYTES_PER_US = 3.0e6
 """What the kernels that go over a weight or over tokens reach on an H200, of 4.3e6 in a plain copy."""
-FLOPS_PER_US = 3.0e8
+FLOPS_PER_US = 4.0e8
 """What the low-rank products inside them reach, in time of their own."""
 GEMM_FLOPS_PER_US = 6.0e8
 """What a low-rank product by cuBLAS reaches."""
