@@ -106,7 +106,7 @@ def finish_gradients_kernel(
 
 @triton.jit
 def token_pass_kernel(
-    x_ptr, hidden_ptr, kept_ptr, b_ptr, magnitude_ptr, norm_ptr, product_ptr, seed_ptr, gained_ptr, right_ptr, dot_ptr,
+    x_ptr, hidden_ptr, kept_ptr, b_ptr, magnitude_ptr, norm_ptr, product_ptr, seed_ptr, gained_ptr, part_ptr,
     db_ptr, dm_ptr, cb_ptr, counter_ptr, num_tokens, num_columns, tokens_per_part, scale, threshold, stride_x,
     stride_xc, stride_h,
     RANK: tl.constexpr, RIGHT: tl.constexpr, DOT: tl.constexpr, GAINED: tl.constexpr, DROPOUT: tl.constexpr,
@@ -117,7 +117,7 @@ def token_pass_kernel(
     """Up to three results from one read of drop(x) [T, N].
 
     RIGHT: right [p, N, r], the part of x^T hidden over this program's tokens, for hidden [T, r].
-    DOT: dot [p, N], the part of sum_t x kept over this program's tokens, for kept [T, N].
+    DOT: dot [p, N], the part of sum_t x kept over this program's tokens, for kept [T, N]; it lies behind ``right``.
     GAINED: gained [T, N] = g x.
     FINISH: the last program of some columns makes dB and dm of them.
     """
@@ -126,6 +126,8 @@ def token_pass_kernel(
     k = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     rank_mask = k < RANK
     first = tl.program_id(1) * tokens_per_part
+    right_ptr = part_ptr
+    dot_ptr = part_ptr + tl.num_programs(1).to(tl.int64) * num_columns * RANK
     if GAINED:
         g, _inverse = gain_and_inverse(magnitude_ptr, norm_ptr, columns, column_mask)
     if RIGHT:

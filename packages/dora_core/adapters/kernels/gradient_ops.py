@@ -12,11 +12,14 @@ from dora_core.adapters.kernels.launch import (
     MAX_KNOWN,
     NUM_PROGRAMS,
     Kernel,
+    Launch,
     cdiv,
     contiguous,
     counters,
     dropout_threshold,
+    dtype_of,
     empty,
+    facts,
     operand,
     rank_block,
     split,
@@ -43,31 +46,38 @@ def transposed_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tenso
 
 
 @lru_cache(MAX_KNOWN)
-def _token_pass_plan(
-    num_tokens: int,
-    num_columns: int,
-    rank: int,
+def _token_pass_launch(
+    x: tuple,
+    hidden: tuple,
+    dtypes: tuple[torch.dtype | None, ...],
     dot: bool,
     gained: bool,
-    dropout: bool,
-    finish: tuple,
-    dtype: torch.dtype,
-) -> tuple:
-    column_blocks, rank_blocks = (
-        cdiv(num_columns, 64),
-        max(1, cdiv(rank, rank_block(rank))),
-    )
+    finish: tuple[bool, bool, bool] | None,
+    scale: float,
+    dropout: float | None,
+) -> tuple[int, int, Launch]:
+    """Return the number of blocks of columns and of parts of tokens beside the launch.
+
+    ``finish`` says whether there is a magnitude, whether what was kept is the output and whether the norm is
+    differentiated; ``dtypes`` are those of what was kept, of B, m and the weight product.
+    """
+    ((num_tokens, num_columns), strides, dtype), (shape, (hidden_stride, _), _) = x, hidden
+    rank = shape[1] if shape else 0
+    column_blocks, rank_blocks = cdiv(num_columns, 64), max(1, cdiv(rank, rank_block(rank)))
     others = column_blocks * rank_blocks
     num_programs = min(max(NUM_PROGRAMS // 2, 2 * others), MAX_PARTS * others)
     parts, per_part = split(num_tokens, 64, others, num_programs)
     has_magnitude, kept_is_output, full_norm = finish or (False, False, False)
-    constants = _token_pass_kernel.in_order(
+    numbers = (num_tokens, num_columns, per_part, scale, dropout_threshold(dropout or 0.0), *strides, hidden_stride)
+    launch = _token_pass_kernel.bind(
+        (column_blocks, parts, rank_blocks),
+        numbers,
         RANK=rank,
         RIGHT=rank > 0,
         DOT=dot,
         GAINED=gained,
-        DROPOUT=dropout,
-        FINISH=bool(finish),
+        DROPOUT=dropout is not None,
+        FINISH=finish is not None,
         NUM_PARTS=parts if finish else 0,
         HAS_MAGNITUDE=has_magnitude,
         KEPT_IS_OUTPUT=kept_is_output,
@@ -78,55 +88,26 @@ def _token_pass_plan(
         STAGES=3,
         **operand(dtype),
     )
-    return (column_blocks, parts, rank_blocks), per_part, constants
+    return column_blocks, parts, launch
 
 
-def _token_pass(
-    x: Tensor,
-    hidden: Tensor | None,
-    kept: Tensor | None,
-    factors: tuple[Tensor | None, ...] = (None, None, None, None),
-    results: tuple[Tensor | None, ...] = (None, None, None, None),
-    scale: float = 1.0,
-    finish: tuple = (),
-    seed: Tensor | None = None,
-    dropout: float = 0.0,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Launch ``token_pass_kernel``; return the parts [p, ...] of drop(x)^T hidden and of sum_t x kept.
-
-    ``factors`` are B, m, n and the weight product, ``results`` where g x, dB, dm and the weighted B go. ``finish`` says
-    whether there is a magnitude, whether what was kept is the output and whether the norm is differentiated.
-    """
-    num_tokens, num_columns = x.shape
-    hidden, rank, hidden_stride = with_unit_stride(hidden)
-    flags = (kept is not None, results[0] is not None, seed is not None)
-    grid, per_part, constants = _token_pass_plan(num_tokens, num_columns, rank, *flags, finish, x.dtype)
-    right = None if hidden is None else empty(x, grid[1], num_columns, rank)
-    dot = None if kept is None else empty(x, grid[1], num_columns)
-    counter = counters(x.device, grid[0]) if finish else None
-    numbers = (
-        num_tokens,
-        num_columns,
-        per_part,
-        float(scale),
-        dropout_threshold(dropout),
-        *x.stride(),
-        hidden_stride,
+@lru_cache(MAX_KNOWN)
+def _finish_gradients_launch(
+    num_rows: int, rank: int, num_dot_parts: int, dtypes: tuple, finish: tuple[bool, bool, bool], scale: float
+) -> Launch:
+    has_magnitude, kept_is_output, full_norm = finish
+    return _finish_gradients_kernel.bind(
+        (cdiv(num_rows, 8), 1, 1),
+        (num_rows, scale),
+        NUM_PARTS=1,
+        NUM_DOT_PARTS=num_dot_parts,
+        RANK=rank,
+        HAS_MAGNITUDE=has_magnitude,
+        KEPT_IS_OUTPUT=kept_is_output,
+        FULL_NORM=full_norm,
+        BLOCK_M=8,
+        BLOCK_R=rank_block(rank),
     )
-    tensors = (
-        x,
-        hidden,
-        contiguous(kept),
-        *factors,
-        seed,
-        results[0],
-        right,
-        dot,
-        *results[1:],
-        counter,
-    )
-    _token_pass_kernel(grid, tensors, numbers, constants)
-    return right, dot
 
 
 def _output_gradients(
@@ -141,56 +122,35 @@ def _output_gradients(
     kept_is_output: bool,
     gained: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    results = _fake_output_gradients(
-        dy,
-        kept,
-        hidden,
-        lora_B,
-        magnitude,
-        norm,
-        weight_product,
-        scale,
-        kept_is_output,
-        gained,
-    )
-    rank = 0 if hidden is None else hidden.shape[1]
+    hidden, kept = with_unit_stride(hidden), contiguous(kept)
     factors = (contiguous(lora_B), magnitude, norm, contiguous(weight_product))
-    finish = (magnitude is not None, kept_is_output, weight_product is not None)
-    if rank <= SMALL_RANK:
-        if any(result is not None for result in results):
-            _token_pass(dy, hidden, kept, factors, results, scale, finish)
+    results = _fake_output_gradients(dy, kept, hidden, lora_B, magnitude, norm, weight_product, scale, None, gained)
+    gained_dy, dB, dm, weighted_B = results
+    if dB is None and dm is None and not gained:
         return results
-    right, dot = transposed_product(dy, hidden, torch.float32), None
+    num_rows, rank, scale = dy.shape[1], 0 if hidden is None else hidden.shape[1], float(scale)
+    finish = (magnitude is not None, kept_is_output, weight_product is not None)
+    dtypes = (dtype_of(kept), dtype_of(lora_B), dtype_of(magnitude), dtype_of(weight_product))
+    if rank <= SMALL_RANK:
+        given = (facts(dy), facts(hidden), dtypes, kept is not None, gained, finish, scale, None)
+        column_blocks, parts, launch = _token_pass_launch(*given)
+        part = empty(dy, parts * num_rows * (rank + 1))
+        counter = counters(dy.device, column_blocks)
+        launch(dy, hidden, kept, *factors, None, gained_dy, part, dB, dm, weighted_B, counter)
+        return results
+    right, dot, num_parts = transposed_product(dy, hidden, torch.float32), None, 0
     if gained or kept is not None:
-        _, dot = _token_pass(dy, None, kept, factors, results)
-    constants = _finish_gradients_kernel.in_order(
-        NUM_PARTS=1,
-        NUM_DOT_PARTS=0 if dot is None else dot.shape[0],
-        RANK=rank,
-        HAS_MAGNITUDE=finish[0],
-        KEPT_IS_OUTPUT=kept_is_output,
-        FULL_NORM=finish[2],
-        BLOCK_M=8,
-        BLOCK_R=rank_block(rank),
-    )
-    num_rows = dy.shape[1]
-    tensors = (right, dot, *factors, *results[1:])
-    _finish_gradients_kernel((cdiv(num_rows, 8), 1, 1), tensors, (num_rows, float(scale)), constants)
+        given = (facts(dy), facts(None), dtypes, kept is not None, gained, None, scale, None)
+        _, num_parts, launch = _token_pass_launch(*given)
+        dot = empty(dy, num_parts, num_rows)
+        launch(dy, None, kept, *factors, None, gained_dy, dot, None, None, None, None)
+    num_dot_parts = 0 if kept is None else num_parts
+    launch = _finish_gradients_launch(num_rows, rank, num_dot_parts, dtypes, finish, scale)
+    launch(right, dot, *factors, dB, dm, weighted_B)
     return results
 
 
-def _fake_output_gradients(
-    dy,
-    kept,
-    hidden,
-    lora_B,
-    magnitude,
-    norm,
-    weight_product,
-    scale,
-    kept_is_output,
-    gained,
-):
+def _fake_output_gradients(dy, kept, hidden, lora_B, magnitude, norm, weight_product, scale, kept_is_output, gained):
     num_rows = dy.shape[1]
     return (
         torch.empty_like(dy, memory_format=torch.contiguous_format) if gained else None,
@@ -216,8 +176,11 @@ product with g V belongs to dA. Results that were not asked for are ``None``.
 
 
 def _dropped_gradient(x: Tensor, u: Tensor, seed: Tensor, dropout: float) -> Tensor:
-    right, _ = _token_pass(x, u, None, seed=seed, dropout=dropout)
-    return sum_parts(right, torch.float32, 1.0 / (1.0 - dropout)).t()
+    u = with_unit_stride(u)
+    _, parts, launch = _token_pass_launch(facts(x), facts(u), (), False, False, None, 1.0, dropout)
+    part = empty(x, parts, x.shape[1], u.shape[1])
+    launch(x, u, None, None, None, None, None, seed, None, part, None, None, None, None)
+    return sum_parts(part, torch.float32, 1.0 / (1.0 - dropout)).t()
 
 
 dropped_gradient = register(

@@ -14,7 +14,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NUM_PROGRAMS = 528
 """Programs that keep a large GPU busy: four for each of 132 processors; a constant, for the same bits everywhere."""
 MAX_KNOWN = 4096
-"""Sets of arguments that a kernel remembers; batches of ever new lengths would make ever more."""
+"""Launches that an operator remembers; batches of ever new lengths would make ever more."""
 _DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
@@ -23,52 +23,49 @@ _DTYPES = {
 
 
 class Kernel:
-    """A Triton kernel whose parameters are pointers, then numbers, then constants (in capitals).
-
-    Triton looks at every argument of every launch to find the code that was compiled for its like. Here that is done
-    once for arguments that agree in all that the code may depend on; what was compiled is then launched directly.
-    """
+    """A Triton kernel whose parameters are pointers, then numbers, then constants (in capitals)."""
 
     def __init__(self, function: Any) -> None:
-        self._function = function
+        self.function = function
         self._constants = [name for name in inspect.signature(function.fn).parameters if name.isupper()]
-        self._compiled: dict[tuple, Any] = {}
 
-    def __call__(
-        self,
-        grid: tuple[int, int, int],
-        tensors: tuple[Tensor | None, ...],
-        numbers: tuple,
-        constants: tuple,
-    ) -> None:
-        """Launch ``grid`` programs on the device of the tensors, which must be the current one.
+    def bind(self, grid: tuple[int, int, int], numbers: tuple, **constants: Any) -> Launch:
+        """Return a launch of ``grid`` programs that lacks its tensors alone."""
+        return Launch(self, grid, (*numbers, *[constants[name] for name in self._constants]))
 
-        ``constants`` are in the order of the kernel's signature, for example from ``in_order``.
-        """
+
+class Launch:
+    """Launches a kernel on tensors, always of the same types, on their device, which must be the current one.
+
+    Triton looks at every argument of every launch to find the code that was compiled for its like. Here that is done
+    once, for numbers that stay as they are and for tensors that begin at multiples of 16 bytes; what was compiled is
+    then launched directly.
+    """
+
+    def __init__(self, kernel: Kernel, grid: tuple[int, int, int], numbers: tuple) -> None:
+        self._function, self._grid, self._numbers = kernel.function, grid, numbers
+        self._compiled: dict[int, Any] = {}
+        """By device."""
+
+    def __call__(self, *tensors: Tensor | None) -> None:
         if INTERPRETED:
-            self._function[grid](*tensors, *numbers, *constants)
+            self._function[self._grid](*tensors, *self._numbers)
             return
         addresses = 0
         for tensor in tensors:
             if tensor is not None:
                 addresses |= tensor.data_ptr()
-        device = torch.cuda.current_device()
-        types = [None if tensor is None else tensor.dtype for tensor in tensors]
-        key = (device, addresses & 15, numbers, constants, *types)
-        compiled = self._compiled.get(key) if not addresses & 15 else None
+        device = torch._C._cuda_getDevice()
+        compiled = self._compiled.get(device) if not addresses & 15 else None
         if compiled is not None:
             # what Triton's own launch ends in, without the hooks of its profiler, which cost more than the launch
             stream = torch._C._cuda_getCurrentRawStream(device)
-            handles = (compiled.function, compiled.packed_metadata)
-            compiled.run(*grid, stream, *handles, None, None, None, *tensors, *numbers, *constants)
+            handles = (compiled.function, compiled.packed_metadata, None, None, None)
+            compiled.run(*self._grid, stream, *handles, *tensors, *self._numbers)
             return
-        if len(self._compiled) > MAX_KNOWN:
-            self._compiled.clear()
-        self._compiled[key] = self._function[grid](*tensors, *numbers, *constants, num_warps=4)
-
-    def in_order(self, **constants: Any) -> tuple:
-        """Return constants in the order of the kernel's signature."""
-        return tuple(constants[name] for name in self._constants)
+        compiled = self._function[self._grid](*tensors, *self._numbers, num_warps=4)
+        if not addresses & 15:
+            self._compiled[device] = compiled
 
 
 def operand(*dtypes: torch.dtype) -> dict[str, Any]:
@@ -146,9 +143,16 @@ def dropout_threshold(dropout: float) -> int:
     return round(dropout * 2**32)
 
 
-def with_unit_stride(matrix: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """Return the matrix with adjacent columns next to each other, its rank (columns) and the stride of its rows."""
-    if matrix is None:
-        return None, 0, 0
-    matrix = matrix if matrix.stride(1) == 1 else matrix.contiguous()
-    return matrix, matrix.shape[1], matrix.stride(0)
+def with_unit_stride(matrix: Tensor | None) -> Tensor | None:
+    """Return the matrix, if any, with adjacent columns next to each other."""
+    return matrix if matrix is None or matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def facts(tensor: Tensor | None) -> tuple:
+    """Return what a launch must know of an optional matrix: shape, strides and type."""
+    return ((), (0, 0), None) if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def dtype_of(tensor: Tensor | None) -> torch.dtype | None:
+    """Return the type of an optional tensor."""
+    return None if tensor is None else tensor.dtype

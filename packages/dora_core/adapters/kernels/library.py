@@ -24,7 +24,7 @@ def register(schema: str, function: Callable, fake: Callable) -> Callable:
     def call(first: Tensor, *others):
         if torch.compiler.is_compiling():  # the dispatcher would cost as much as a launch; only tracing needs it
             return operator(first, *others)
-        if first.is_cuda and first.device.index != torch.cuda.current_device():
+        if first.is_cuda and first.get_device() != torch._C._cuda_getDevice():
             with torch.cuda.device(first.device):
                 return function(first, *others)
         return function(first, *others)

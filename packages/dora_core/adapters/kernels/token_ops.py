@@ -12,10 +12,13 @@ from dora_core.adapters.kernels.launch import (
     MAX_KNOWN,
     NUM_PROGRAMS,
     Kernel,
+    Launch,
     cdiv,
     contiguous,
     dropout_threshold,
+    dtype_of,
     empty,
+    facts,
     low_rank_tiles,
     operand,
     rank_block,
@@ -30,31 +33,38 @@ _finish_sum_kernel = Kernel(token_kernels.finish_sum_kernel)
 
 
 @lru_cache(MAX_KNOWN)
-def _compose_plan(
+def _compose_launch(
     num_tokens: int,
     num_columns: int,
-    rank: int,
-    has_magnitude: bool,
-    has_bias: bool,
-    dropout: bool,
     dtype: torch.dtype,
-) -> tuple:
+    hidden: tuple,
+    factor: tuple,
+    magnitude: torch.dtype | None,
+    bias: torch.dtype | None,
+    scale: float,
+    has_dropout: bool,
+    dropout: float,
+) -> Launch:
+    (shape, (stride_h, _), _), (_, factor_strides, _) = hidden, factor
+    rank = shape[1] if shape else 0
     column_blocks = cdiv(num_columns, 128)
     block_t, tiles = low_rank_tiles(rank, (32, 64, 128), dtype)
     num_programs = NUM_PROGRAMS if tiles["WALK"] else column_blocks * num_tokens
     parts, per_part = split(num_tokens, block_t, column_blocks, num_programs)
-    constants = _compose_kernel.in_order(
+    scale, threshold = scale / (1.0 - dropout), dropout_threshold(dropout)
+    return _compose_kernel.bind(
+        (column_blocks, parts, 1),
+        (num_tokens, num_columns, per_part, scale, threshold, stride_h, *factor_strides),
         RANK=rank,
-        HAS_MAGNITUDE=has_magnitude,
-        HAS_BIAS=has_bias,
-        DROPOUT=dropout,
+        HAS_MAGNITUDE=magnitude is not None,
+        HAS_BIAS=bias is not None,
+        DROPOUT=has_dropout,
         BLOCK_T=block_t,
         BLOCK_N=128,
         STAGES=4,
         **tiles,
         **operand(dtype),
     )
-    return (column_blocks, parts, 1), per_part, constants
 
 
 def _compose(
@@ -68,30 +78,13 @@ def _compose(
     seed: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    base = contiguous(base)
+    base, hidden = contiguous(base), with_unit_stride(hidden)
     num_columns = base.shape[-1]
-    num_tokens = base.numel() // num_columns
-    hidden, rank, hidden_stride = with_unit_stride(hidden)
-    flags = (magnitude is not None, bias is not None, seed is not None)
-    grid, per_part, constants = _compose_plan(num_tokens, num_columns, rank, *flags, base.dtype)
-    factor_strides = (0, 0) if factor is None else factor.stride()
-    scale, threshold = scale / (1.0 - dropout), dropout_threshold(dropout)
-    numbers = (
-        num_tokens,
-        num_columns,
-        per_part,
-        scale,
-        threshold,
-        hidden_stride,
-        *factor_strides,
-    )
+    sizes = (base.numel() // num_columns, num_columns, base.dtype)
+    given = (facts(hidden), facts(factor), dtype_of(magnitude), dtype_of(bias))
+    launch = _compose_launch(*sizes, *given, float(scale), seed is not None, dropout)
     out = torch.empty_like(base)
-    _compose_kernel(
-        grid,
-        (base, hidden, factor, magnitude, norm, bias, seed, out),
-        numbers,
-        constants,
-    )
+    launch(base, hidden, factor, magnitude, norm, bias, seed, out)
     return out
 
 
@@ -107,30 +100,49 @@ compose = register(
 def sum_parts(part: Tensor, dtype: torch.dtype, factor: float) -> Tensor:
     """Return factor times the sum over the first dimension, in ``dtype``."""
     out = empty(part, *part.shape[1:], dtype=dtype)
-    num = out.numel()
-    if num:
-        _finish_sum_kernel(
-            (cdiv(num, 1024), 1, 1),
-            (part, out),
-            (num, float(factor)),
-            (part.shape[0], 1024),
-        )
+    if out.numel():
+        _finish_sum_launch(part.shape[0], out.numel(), float(factor), dtype)(part, out)
     return out
+
+
+@lru_cache(MAX_KNOWN)
+def _finish_sum_launch(num_parts: int, num_elements: int, factor: float, dtype: torch.dtype) -> Launch:
+    grid = (cdiv(num_elements, 1024), 1, 1)
+    return _finish_sum_kernel.bind(grid, (num_elements, factor), NUM_PARTS=num_parts, BLOCK=1024)
+
+
+@lru_cache(MAX_KNOWN)
+def _dropped_product_launch(
+    num_tokens: int,
+    num_columns: int,
+    strides: tuple,
+    dtype: torch.dtype,
+    rank: int,
+    a_dtype: torch.dtype,
+    dropout: float,
+) -> tuple[int, Launch]:
+    block_r = rank_block(rank)
+    token_blocks, rank_blocks = cdiv(num_tokens, 64), cdiv(rank, block_r)
+    parts, per_part = split(num_columns, 128, token_blocks * rank_blocks, NUM_PROGRAMS)
+    return parts, _dropped_product_kernel.bind(
+        (token_blocks, parts, rank_blocks),
+        (num_tokens, num_columns, per_part, dropout_threshold(dropout), *strides),
+        RANK=rank,
+        BLOCK_T=64,
+        BLOCK_N=128,
+        BLOCK_R=block_r,
+        **operand(dtype),
+    )
 
 
 def _dropped_product(x: Tensor, lora_A: Tensor, seed: Tensor, dropout: float) -> Tensor:
     num_tokens, num_columns = x.shape
-    rank, block_r = lora_A.shape[0], rank_block(lora_A.shape[0])
-    token_blocks, rank_blocks = cdiv(num_tokens, 64), cdiv(rank, block_r)
-    parts, per_part = split(num_columns, 128, token_blocks * rank_blocks, NUM_PROGRAMS)
+    rank = lora_A.shape[0]
+    sizes = (num_tokens, num_columns, x.stride(), x.dtype, rank, lora_A.dtype)
+    parts, launch = _dropped_product_launch(*sizes, dropout)
     part = empty(x, parts, num_tokens, rank)
     if num_tokens:
-        constants = _dropped_product_kernel.in_order(
-            RANK=rank, BLOCK_T=64, BLOCK_N=128, BLOCK_R=block_r, **operand(x.dtype)
-        )
-        numbers = (num_tokens, num_columns, per_part, dropout_threshold(dropout), *x.stride())
-        tensors = (x, lora_A.contiguous(), seed, part)
-        _dropped_product_kernel((token_blocks, parts, rank_blocks), tensors, numbers, constants)
+        launch(x, lora_A.contiguous(), seed, part)
     return sum_parts(part, x.dtype, 1.0 / (1.0 - dropout))
 
 

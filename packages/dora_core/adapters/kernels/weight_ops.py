@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -12,10 +12,13 @@ from dora_core.adapters.kernels.launch import (
     MAX_KNOWN,
     NUM_PROGRAMS,
     Kernel,
+    Launch,
     cdiv,
     contiguous,
     counters,
+    dtype_of,
     empty,
+    facts,
     low_rank_tiles,
     operand,
     split,
@@ -26,18 +29,23 @@ _row_norm_kernel = Kernel(weight_kernels.row_norm_kernel)
 _effective_weight_kernel = Kernel(weight_kernels.effective_weight_kernel)
 
 
-@cache
-def _row_norm_plan(
-    num_rows: int, num_columns: int, rank: int, batch: bool, half_weight: bool, *dtypes: torch.dtype
-) -> tuple:
-    block_m, tiles = low_rank_tiles(rank, (64, 64, 128), dtypes[-1])
+@lru_cache(MAX_KNOWN)
+def _row_norm_launch(
+    weight: tuple, lora_A: tuple, lora_B: tuple, scale: float, num_layers: int, batch: bool
+) -> tuple[int, int, Launch]:
+    """Return the number of blocks of rows and of parts of columns beside the launch."""
+    ((num_rows, num_columns), strides, dtype), (shape, _, a_dtype), (_, _, b_dtype) = weight, lora_A, lora_B
+    rank = shape[0] if shape else 0
+    types = operand(a_dtype or torch.float32, b_dtype or torch.float32)
+    if dtype.itemsize == 2:  # beside which factors in fp32 need not be multiplied in three products
+        types["PRECISION"] = "tf32"
+    block_m, tiles = low_rank_tiles(rank, (64, 64, 128), b_dtype or torch.float32)
     row_blocks = cdiv(num_rows, block_m)
     num_programs = NUM_PROGRAMS // 2 if tiles["WALK"] else row_blocks * num_columns
     parts, per_part = split(num_columns, 128, row_blocks, num_programs)
-    types = operand(*dtypes)
-    if half_weight:  # beside which factors in fp32 need not be multiplied in three products
-        types["PRECISION"] = "tf32"
-    constants = _row_norm_kernel.in_order(
+    launch = _row_norm_kernel.bind(
+        (row_blocks, parts, num_layers),
+        (num_rows, num_columns, per_part, scale, *strides),
         RANK=rank,
         NUM_PARTS=parts,
         BATCH=batch,
@@ -47,25 +55,19 @@ def _row_norm_plan(
         **tiles,
         **types,
     )
-    return row_blocks, parts, per_part, constants
+    return row_blocks, parts, launch
 
 
 def _launch_row_norm(
     weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scale: float, addresses: Tensor | None = None
 ) -> Tensor:
     """Return norm [l, out] of the layers at ``addresses`` [l, 3], which are like the one given, or of that one."""
-    num_rows, num_columns = weight.shape
-    dtypes = (torch.float32,) if lora_A is None else (lora_A.dtype, lora_B.dtype)
-    rank = 0 if lora_A is None else lora_A.shape[0]
-    sizes = (num_rows, num_columns, rank, addresses is not None, weight.element_size() == 2)
-    row_blocks, parts, per_part, constants = _row_norm_plan(*sizes, *dtypes)
-    num_layers = 1 if addresses is None else len(addresses)
+    num_rows, num_layers = weight.shape[0], 1 if addresses is None else len(addresses)
+    given = (facts(weight), facts(lora_A), facts(lora_B))
+    row_blocks, parts, launch = _row_norm_launch(*given, float(scale), num_layers, addresses is not None)
     part = empty(weight, num_layers, parts, num_rows, dtype=torch.float64)
     norm = empty(weight, num_layers, num_rows)
-    counter = counters(weight.device, num_layers * row_blocks)
-    numbers = (num_rows, num_columns, per_part, float(scale), *weight.stride())
-    tensors = (weight, lora_A, lora_B, part, norm, counter, addresses)
-    _row_norm_kernel((row_blocks, parts, num_layers), tensors, numbers, constants)
+    launch(weight, lora_A, lora_B, part, norm, counters(weight.device, num_layers * row_blocks), addresses)
     return norm
 
 
@@ -99,16 +101,20 @@ def _table(device: torch.device, addresses: tuple[int, ...]) -> Tensor:
 
 
 @lru_cache(MAX_KNOWN)
-def _effective_weight_plan(
-    num_rows: int, num_columns: int, rank: int, has_magnitude: bool, dtype: torch.dtype
-) -> tuple:
+def _effective_weight_launch(
+    weight: tuple, lora_A: tuple, lora_B: tuple, magnitude: torch.dtype | None, scale: float, dtype: torch.dtype
+) -> Launch:
+    ((num_rows, num_columns), strides, _), (shape, _, _) = weight, lora_A
+    rank = shape[0] if shape else 0
     block_m, tiles = low_rank_tiles(rank, (32, 64, 64), dtype)
     row_blocks = cdiv(num_rows, block_m)
     num_programs = 2 * NUM_PROGRAMS if tiles["WALK"] else row_blocks * num_columns
     parts, per_part = split(num_columns, 128, row_blocks, num_programs)
-    constants = _effective_weight_kernel.in_order(
+    return _effective_weight_kernel.bind(
+        (row_blocks, parts, 1),
+        (num_rows, num_columns, per_part, scale, *strides),
         RANK=rank,
-        HAS_MAGNITUDE=has_magnitude,
+        HAS_MAGNITUDE=magnitude is not None,
         DITHER=dtype == torch.bfloat16,
         BLOCK_M=block_m,
         BLOCK_N=128,
@@ -116,7 +122,6 @@ def _effective_weight_plan(
         **tiles,
         **operand(dtype),
     )
-    return (row_blocks, parts, 1), per_part, constants
 
 
 def _effective_weight(
@@ -129,12 +134,10 @@ def _effective_weight(
     dtype: torch.dtype,
 ) -> Tensor:
     lora_A, lora_B = contiguous(lora_A), contiguous(lora_B)
-    num_rows, num_columns = weight.shape
-    rank = 0 if lora_A is None else lora_A.shape[0]
-    grid, per_part, constants = _effective_weight_plan(num_rows, num_columns, rank, magnitude is not None, dtype)
-    out = weight.new_empty((num_rows, num_columns), dtype=dtype)
-    numbers = (num_rows, num_columns, per_part, float(scale), *weight.stride())
-    _effective_weight_kernel(grid, (weight, lora_A, lora_B, magnitude, norm, out), numbers, constants)
+    given = (facts(weight), facts(lora_A), facts(lora_B), dtype_of(magnitude))
+    launch = _effective_weight_launch(*given, float(scale), dtype)
+    out = weight.new_empty(weight.shape, dtype=dtype)
+    launch(weight, lora_A, lora_B, magnitude, norm, out)
     return out
 
 

@@ -69,7 +69,7 @@ def compile_all(rank: int) -> None:
         parts = (FULL if rank else None, FULL)
         compile_kernel(
             gradient_kernels.token_pass_kernel,
-            (HALF, HALF if rank else None, HALF, *inputs, None, HALF, *parts, *results, COUNTER),
+            (HALF, HALF if rank else None, HALF, *inputs, None, HALF, FULL, *results, COUNTER),
             (*SIZES, "fp32", "i32", "i32", 1, "i32"),
             RIGHT=rank > 0, DOT=True, GAINED=True, DROPOUT=False, FINISH=True, NUM_PARTS=4, BLOCK_T=64, BLOCK_N=64,
             STAGES=3,
