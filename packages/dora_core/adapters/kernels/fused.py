@@ -203,13 +203,14 @@ def _needs_base(p: Projection, x: Tensor) -> bool:
 
 
 def _backward_form(projections: Sequence[Projection], num_tokens: int) -> Form:
-    if any(p.settings.full_norm for p in projections):
+    if any([p.settings.full_norm for p in projections]):
         return "merged"  # the weight is needed in any case
-    widest = projections[0]
-    for p in projections:
-        widest = p if p.weight.shape[0] > widest.weight.shape[0] else widest
-    sizes = (*reversed(widest.weight.shape), widest.rank)
-    return widest.settings.form or choose_backward_form(num_tokens, *sizes, len(projections))
+    (out_features, in_features), widest = projections[0].weight.shape, projections[0]
+    for p in projections[1:]:
+        if p.weight.shape[0] > out_features:
+            out_features, widest = p.weight.shape[0], p
+    sizes = (num_tokens, in_features, out_features, widest.rank)
+    return widest.settings.form or choose_backward_form(*sizes, len(projections))
 
 
 def _formed(p: Projection, dtype: torch.dtype) -> Tensor:
