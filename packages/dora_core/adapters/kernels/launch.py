@@ -51,20 +51,22 @@ class Launch:
         if INTERPRETED:
             self._function[self._grid](*tensors, *self._numbers)
             return
-        addresses = 0
+        addresses, bits = [], 0
         for tensor in tensors:
-            if tensor is not None:
-                addresses |= tensor.data_ptr()
+            address = None if tensor is None else tensor.data_ptr()
+            addresses.append(address)
+            bits |= address or 0
         device = torch._C._cuda_getDevice()
-        compiled = self._compiled.get(device) if not addresses & 15 else None
+        compiled = self._compiled.get(device) if not bits & 15 else None
         if compiled is not None:
-            # what Triton's own launch ends in, without the hooks of its profiler, which cost more than the launch
+            # What Triton's own launch ends in, without the hooks of its profiler, which cost more than the launch, and
+            # with addresses: of a tensor it would ask the driver whether the device can reach it.
             stream = torch._C._cuda_getCurrentRawStream(device)
             handles = (compiled.function, compiled.packed_metadata, None, None, None)
-            compiled.run(*self._grid, stream, *handles, *tensors, *self._numbers)
+            compiled.run(*self._grid, stream, *handles, *addresses, *self._numbers)
             return
         compiled = self._function[self._grid](*tensors, *self._numbers, num_warps=4)
-        if not addresses & 15:
+        if not bits & 15:
             self._compiled[device] = compiled
 
 
