@@ -44,8 +44,8 @@ class Launch:
 
     def __init__(self, kernel: Kernel, grid: tuple[int, int, int], numbers: tuple) -> None:
         self._function, self._grid, self._numbers = kernel.function, grid, numbers
-        self._compiled: dict[int, Any] = {}
-        """By device."""
+        self._known: dict[int, tuple] = {}
+        """By device: how to launch what was compiled for it, and with what."""
 
     def __call__(self, *tensors: Tensor | None) -> None:
         if INTERPRETED:
@@ -57,17 +57,17 @@ class Launch:
             addresses.append(address)
             bits |= address or 0
         device = torch._C._cuda_getDevice()
-        compiled = self._compiled.get(device) if not bits & 15 else None
-        if compiled is not None:
+        known = self._known.get(device) if not bits & 15 else None
+        if known is not None:
             # What Triton's own launch ends in, without the hooks of its profiler, which cost more than the launch, and
             # with addresses: of a tensor it would ask the driver whether the device can reach it.
             stream = torch._C._cuda_getCurrentRawStream(device)
-            handles = (compiled.function, compiled.packed_metadata, None, None, None)
-            compiled.run(*self._grid, stream, *handles, *addresses, *self._numbers)
+            run, *handles = known
+            run(*self._grid, stream, *handles, *addresses, *self._numbers)
             return
         compiled = self._function[self._grid](*tensors, *self._numbers, num_warps=4)
         if not bits & 15:
-            self._compiled[device] = compiled
+            self._known[device] = (compiled.run, compiled.function, compiled.packed_metadata, None, None, None)
 
 
 def operand(*dtypes: torch.dtype) -> dict[str, Any]:
