@@ -118,7 +118,7 @@ def test_the_step_under_every_zero_stage_is_the_plain_step(tmp_path):
 
 
 def test_every_operator_and_form_is_timed_in_the_interpreter(tmp_path):
-    script = Path(device_timing.__file__).with_name("kernel_time.py")
+    script = Path(device_timing.__file__).with_name("kernels.py")
     command = [sys.executable, str(script), "--tiny", "--device", "cpu", "--output", str(tmp_path)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

@@ -1,7 +1,7 @@
 """Time the fused kernels by themselves, and check the rule that picks the form of an adapted product.
 
-    python benchmarks/kernel_time.py [--parts peaks,operators,forms]
-    TRITON_INTERPRET=1 python benchmarks/kernel_time.py --tiny --device cpu
+    python benchmarks/kernels.py [--parts peaks,operators,forms]
+    TRITON_INTERPRET=1 python benchmarks/kernels.py --tiny --device cpu
 
 ``peaks``: a copy of 1 GiB of bf16 and a bf16 product of 8192^3, what the rest is measured by. ``operators``: each
 operator of ``torch.ops.dora_core`` and the product x W^T, with the bytes of its operands and results over its time.
