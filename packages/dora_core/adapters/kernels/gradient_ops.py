@@ -180,12 +180,12 @@ def _dropped_gradient(x: Tensor, u: Tensor, seed: Tensor, dropout: float) -> Ten
     _, parts, launch = _token_pass_launch(facts(x), facts(u), (), False, False, None, 1.0, dropout)
     part = empty(x, parts, x.shape[1], u.shape[1])
     launch(x, u, None, None, None, None, None, seed, None, part, None, None, None, None)
-    return sum_parts(part, torch.float32, 1.0 / (1.0 - dropout)).t()
+    return sum_parts(part, torch.float32, 1.0 / (1.0 - dropout), transpose=True)
 
 
 dropped_gradient = register(
     "dropped_gradient(Tensor x, Tensor u, Tensor seed, float dropout) -> Tensor",
     _dropped_gradient,
-    lambda x, u, seed, dropout: empty(x, x.shape[1], u.shape[1]).t(),
+    lambda x, u, seed, dropout: empty(x, u.shape[1], x.shape[1]),
 )
 """u^T drop(x) [r, in] in fp32, with the mask of ``dropped_product``."""

@@ -121,11 +121,12 @@ def finish_sum_kernel(
     part_ptr,
     out_ptr,
     num_elements,
+    num_rows,
     factor,
     NUM_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out [num_elements] = factor times the sum over part [p, num_elements]."""
+    """out [columns, rows] = factor times the sum over part [p, rows, columns], transposed; as it lies with one row."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = places < num_elements
     total = tl.zeros([BLOCK], tl.float32)
@@ -133,4 +134,6 @@ def finish_sum_kernel(
     for _part in tl.static_range(NUM_PARTS):
         total += tl.load(place, mask=mask, other=0.0)
         place += num_elements
+    num_columns = num_elements // num_rows
+    places = places % num_columns * num_rows + places // num_columns
     tl.store(out_ptr + places, (factor * total).to(out_ptr.dtype.element_ty), mask=mask)

@@ -97,18 +97,19 @@ compose = register(
 """g (base + s drop(hidden factor^T)) + bias for base [..., N] with T rows, hidden [T, r], factor [N, r] (B, or A^T)."""
 
 
-def sum_parts(part: Tensor, dtype: torch.dtype, factor: float) -> Tensor:
-    """Return factor times the sum over the first dimension, in ``dtype``."""
-    out = empty(part, *part.shape[1:], dtype=dtype)
+def sum_parts(part: Tensor, dtype: torch.dtype, factor: float, *, transpose: bool = False) -> Tensor:
+    """Return factor times the sum over the first dimension of part [p, M, N], in ``dtype``: [M, N], or [N, M]."""
+    num_parts, num_rows, num_columns = part.shape
+    out = empty(part, *((num_columns, num_rows) if transpose else (num_rows, num_columns)), dtype=dtype)
     if out.numel():
-        _finish_sum_launch(part.shape[0], out.numel(), float(factor), dtype)(part, out)
+        _finish_sum_launch(num_parts, out.numel(), num_rows if transpose else 1, float(factor), dtype)(part, out)
     return out
 
 
 @lru_cache(MAX_KNOWN)
-def _finish_sum_launch(num_parts: int, num_elements: int, factor: float, dtype: torch.dtype) -> Launch:
+def _finish_sum_launch(num_parts: int, num_elements: int, num_rows: int, factor: float, dtype: torch.dtype) -> Launch:
     grid = (cdiv(num_elements, 1024), 1, 1)
-    return _finish_sum_kernel.bind(grid, (num_elements, factor), NUM_PARTS=num_parts, BLOCK=1024)
+    return _finish_sum_kernel.bind(grid, (num_elements, num_rows, factor), NUM_PARTS=num_parts, BLOCK=1024)
 
 
 @lru_cache(MAX_KNOWN)

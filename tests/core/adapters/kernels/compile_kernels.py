@@ -79,7 +79,7 @@ def compile_all(rank: int) -> None:
             gradient_kernels.finish_gradients_kernel, (*parts, *inputs, *results), ("i32", "fp32"),
             NUM_PARTS=1 if rank else 0, NUM_DOT_PARTS=16, RANK=rank, BLOCK_M=8, BLOCK_R=tile["BLOCK_R"], **finish,
         )  # fmt: skip
-    compile_kernel(token_kernels.finish_sum_kernel, (FULL, HALF), ("i32", "fp32"), NUM_PARTS=4, BLOCK=1024)
+    compile_kernel(token_kernels.finish_sum_kernel, (FULL, HALF), ("i32", "i32", "fp32"), NUM_PARTS=4, BLOCK=1024)
 
 
 if __name__ == "__main__":
