@@ -52,39 +52,35 @@ class Regime:
         return torch.randint(0, vocab, (self.batch, self.tokens), generator=generator).to(device)
 
 
-@dataclass(frozen=True)
-class Timing:
-    """How long steps took."""
+def time_steps(step: Callable[[], Any], device: torch.device, num_warmup: int, num_steps: int) -> list[float]:
+    """Return how many milliseconds each of ``num_steps`` took, on the device's clock where there is one.
 
-    milliseconds: list[float]
-    """Of each step, on the device's clock where there is one."""
-    cpu_ms: float
-    """Until Python has queued a step on an idle GPU. Near the step's own time it means either a step bound by
-    launches or a full queue; well below, a step bound by the GPU."""
-
-
-def time_steps(step: Callable[[], Any], device: torch.device, num_warmup: int, num_steps: int) -> Timing:
-    """Time ``step``. On a GPU all steps are queued with an event between them, and only then waited for.
-
-    Two more steps, each on an idle GPU, give ``cpu_ms``.
+    On a GPU all steps are queued with an event between them, and only then waited for.
     """
     for _ in range(num_warmup):
         step()
     if device.type != "cuda":
-        times = [_seconds(step) * 1e3 for _ in range(num_steps)]
-        return Timing(times, min(times))
+        return [_seconds(step) * 1e3 for _ in range(num_steps)]
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(num_steps + 1)]
     marks[0].record()
     for mark in marks[1:]:
         step()
         mark.record()
     torch.cuda.synchronize()
-    times = [before.elapsed_time(after) for before, after in itertools.pairwise(marks)]
+    return [before.elapsed_time(after) for before, after in itertools.pairwise(marks)]
+
+
+def queueing_ms(step: Callable[[], Any], device: torch.device) -> float:
+    """Return the milliseconds until Python has queued a step on an idle GPU, the lesser of two steps'.
+
+    Near the step's own time it means either a step bound by launches or a full queue; well below, one bound by the GPU.
+    """
     queued = []
     for _ in range(2):
         queued.append(_seconds(step) * 1e3)
-        torch.cuda.synchronize()
-    return Timing(times, min(queued))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return min(queued)
 
 
 def _seconds(step: Callable[[], Any]) -> float:

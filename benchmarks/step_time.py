@@ -108,14 +108,14 @@ def measure(
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
-        timing = time_steps(step, device, own.warmup, own.repeats)
+        milliseconds = time_steps(step, device, own.warmup, own.repeats)
         extra_gib, last_loss = memory.extra_gib(), losses[-1].item()
         short = time_steps(partial(step, input_ids[:1, :FEW_TOKENS]), device, 2, 5)
         return {
-            "median_ms": statistics.median(timing.milliseconds),
-            "iqr_ms": iqr(timing.milliseconds),
+            "median_ms": statistics.median(milliseconds),
+            "iqr_ms": iqr(milliseconds),
             "extra_gib": extra_gib,
-            "host_ms": statistics.median(short.milliseconds),
+            "host_ms": statistics.median(short),
             "num_steps": own.repeats,
             "num_trainable": sum(parameter.numel() for parameter in parameters),
             "first_loss": losses[0].item(),

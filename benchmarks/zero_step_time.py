@@ -26,7 +26,18 @@ from typing import Any
 
 import torch
 from adapter_variants import TARGETS, TINY, Shape, build_model, checkpointed, disturb
-from measuring import RESULTS, Memory, Regime, figures_or_error, settings, table, time_steps, versions, write_json
+from measuring import (
+    RESULTS,
+    Memory,
+    Regime,
+    figures_or_error,
+    queueing_ms,
+    settings,
+    table,
+    time_steps,
+    versions,
+    write_json,
+)
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -95,14 +106,15 @@ def measure(way: str, own: argparse.Namespace, world: World) -> dict[str, Any]:
     with checkpointed(model, regime.checkpointing):
         step, close = loop(model, batch, num_targets, train, zero, world, losses)
         with reuse_norms(model):
-            timing = time_steps(step, world.device, own.warmup, own.repeats)
+            milliseconds = time_steps(step, world.device, own.warmup, own.repeats)
+            cpu_ms = queueing_ms(step, world.device)
             extra_gib = memory.extra_gib()
             facts = profiled(step, world.device)
         close()
     return {
-        "median_ms": statistics.median(timing.milliseconds),
-        "iqr_ms": iqr(timing.milliseconds),
-        "cpu_ms": timing.cpu_ms,
+        "median_ms": statistics.median(milliseconds),
+        "iqr_ms": iqr(milliseconds),
+        "cpu_ms": cpu_ms,
         "extra_gib": extra_gib,
         "first_loss": losses[0].item() / num_targets,
         "last_loss": losses[own.warmup + own.repeats - 1].item() / num_targets,

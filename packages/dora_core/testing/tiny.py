@@ -10,6 +10,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
 """In the order of their ids: 0, 1 and 2 as in LLaMA, and a padding token of its own."""
+LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+"""LLaMA 3's scaling of rotary frequencies, for texts longer than 128 tokens."""
 
 
 def train_tokenizer(

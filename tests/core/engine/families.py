@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from dora_core.adapters import AdapterConfig, DoRALinear, LoRALinear, apply_adapters
+from dora_core.testing.tiny import LLAMA_3_ROPE
 
 VOCAB, WIDTH, ROWS, PLACES = 211, 32, 2, 9
 SIZES = {
@@ -39,14 +40,6 @@ SIZES = {
     "head_dim": 8,
     "initializer_range": 0.2,
     "pad_token_id": 0,
-}
-LLAMA_3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 128,
 }
 DECODERS: dict[str, Callable[..., Any]] = {
     "llama": LlamaConfig,

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen
 from dora_core.adapters import AdapterConfig, apply_adapters
 from dora_core.config import ConfigError
 from dora_core.data.collate import TokenRow, pad_rows
+from dora_core.testing.tiny import LLAMA_3_ROPE
 from pipelines.llm.config import ModelSection
 from pipelines.llm.model import load_model, load_tokenizer, next_token_loss
 
@@ -21,14 +22,6 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
-}
-LLAMA_3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 128,
 }
 FAMILIES = {
     "llama": LlamaConfig(**SIZES),

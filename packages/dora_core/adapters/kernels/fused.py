@@ -130,17 +130,7 @@ class _FusedLinears(torch.autograd.Function):
         if us:
             u = us[0] if len(us) == 1 else torch.cat(us, 1)
             if need_x and seed is not None:
-                dx = compose(
-                    dx,
-                    u,
-                    _stacked_a(projections, dtype).t(),
-                    None,
-                    None,
-                    None,
-                    1.0,
-                    seed,
-                    dropout,
-                )
+                dx = compose(dx, u, _stacked_a(projections, dtype).t(), None, None, None, 1.0, seed, dropout)
             elif need_x and not merged:
                 dx.addmm_(u, _stacked_a(projections, dtype))
             if any([need[1] for need in needs]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dora_core.adapters.kernels.tiles import comes_last, gain_and_inverse, gain_of_formed_weight, is_kept
+from dora_core.adapters.kernels.tiles import comes_last, gain_and_inverse, gain_off_zero, is_kept
 
 
 @triton.jit
@@ -28,37 +28,19 @@ def _finish_gradients(
                 cache_modifier=".cg",
             )
         if KEPT_IS_OUTPUT:
-            used, _inverse = gain_of_formed_weight(magnitude_ptr, norm_ptr, rows, row_mask)
+            used, _inverse = gain_off_zero(magnitude_ptr, norm_ptr, rows, row_mask)
             dm = dm / used * inverse
         else:
             for start in tl.static_range(0, RANK, BLOCK_R):
                 db, low, mask = _sum_parts(
-                    right_ptr,
-                    rows,
-                    row_mask,
-                    start,
-                    num_rows,
-                    NUM_PARTS,
-                    RANK,
-                    BLOCK_M,
-                    BLOCK_R,
+                    right_ptr, rows, row_mask, start, num_rows, NUM_PARTS, RANK, BLOCK_M, BLOCK_R
                 )
                 b = tl.load(b_ptr + low, mask=mask, other=0.0).to(tl.float32)
                 dm += scale * tl.sum(b * db, 1)
             dm *= inverse
         tl.store(dm_ptr + rows, dm, mask=row_mask)
     for start in tl.static_range(0, RANK, BLOCK_R):
-        db, low, mask = _sum_parts(
-            right_ptr,
-            rows,
-            row_mask,
-            start,
-            num_rows,
-            NUM_PARTS,
-            RANK,
-            BLOCK_M,
-            BLOCK_R,
-        )
+        db, low, mask = _sum_parts(right_ptr, rows, row_mask, start, num_rows, NUM_PARTS, RANK, BLOCK_M, BLOCK_R)
         if HAS_MAGNITUDE:
             db *= g[:, None]
         if FULL_NORM:

@@ -124,7 +124,7 @@ def _output_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     hidden, kept = with_unit_stride(hidden), contiguous(kept)
     factors = (contiguous(lora_B), magnitude, norm, contiguous(weight_product))
-    results = _fake_output_gradients(dy, kept, hidden, lora_B, magnitude, norm, weight_product, scale, None, gained)
+    results = _empty_results(dy, kept, hidden, lora_B, weight_product, gained)
     gained_dy, dB, dm, weighted_B = results
     if dB is None and dm is None and not gained:
         return results
@@ -150,7 +150,14 @@ def _output_gradients(
     return results
 
 
-def _fake_output_gradients(dy, kept, hidden, lora_B, magnitude, norm, weight_product, scale, kept_is_output, gained):
+def _empty_results(
+    dy: Tensor,
+    kept: Tensor | None,
+    hidden: Tensor | None,
+    lora_B: Tensor | None,
+    weight_product: Tensor | None,
+    gained: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     num_rows = dy.shape[1]
     return (
         torch.empty_like(dy, memory_format=torch.contiguous_format) if gained else None,
@@ -164,7 +171,9 @@ output_gradients = register(
     "output_gradients(Tensor dy, Tensor? kept, Tensor? hidden, Tensor? lora_B, Tensor? magnitude, Tensor? norm, "
     "Tensor? weight_product, float scale, bool kept_is_output, bool gained) -> (Tensor?, Tensor?, Tensor?, Tensor?)",
     _output_gradients,
-    _fake_output_gradients,
+    lambda dy, kept, hidden, lora_B, magnitude, norm, product, scale, kept_is_output, gained: _empty_results(
+        dy, kept, hidden, lora_B, product, gained
+    ),
 )
 """What one read of dy [T, out] gives: g dy (``gained``), dB = s (g dy)^T hidden [out, r], dm [out], a weighted B.
 

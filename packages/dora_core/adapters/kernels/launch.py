@@ -81,9 +81,15 @@ def operand(*dtypes: torch.dtype) -> dict[str, Any]:
     }
 
 
-def split(length: int, block: int, num_others: int, num_programs: int) -> tuple[int, int]:
-    """Return parts of ``length``, of whole blocks, for about ``num_programs`` programs in all; and a part's length."""
-    parts = max(1, min(num_programs // max(1, num_others), cdiv(length, block)))
+def split(length: int, block: int, num_others: int, num_programs: int | None) -> tuple[int, int]:
+    """Return parts of ``length``, of whole blocks, for about ``num_programs`` programs in all; and a part's length.
+
+    Without ``num_programs`` every block is a part.
+    """
+    parts = cdiv(length, block)
+    if num_programs is not None:
+        parts = min(num_programs // max(1, num_others), parts)
+    parts = max(1, parts)
     per_part = cdiv(cdiv(max(1, length), parts), block) * block
     return cdiv(max(1, length), per_part), per_part
 

@@ -25,7 +25,7 @@ def gain_and_inverse(magnitude_ptr, norm_ptr, rows, row_mask):
 
 
 @triton.jit
-def gain_of_formed_weight(magnitude_ptr, norm_ptr, rows, row_mask):
+def gain_off_zero(magnitude_ptr, norm_ptr, rows, row_mask):
     """g, kept off zero: m's gradient is taken from the output over m, also where m is 0 (2^-60 changes no output)."""
     g, inverse = gain_and_inverse(magnitude_ptr, norm_ptr, rows, row_mask)
     return tl.where(tl.abs(g) < SMALLEST_GAIN, tl.where(g < 0, -SMALLEST_GAIN, SMALLEST_GAIN), g), inverse

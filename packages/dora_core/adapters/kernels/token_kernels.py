@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dora_core.adapters.kernels.tiles import gain_of_formed_weight, is_kept, left_factor, low_rank_product, right_factor
+from dora_core.adapters.kernels.tiles import gain_off_zero, is_kept, left_factor, low_rank_product, right_factor
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def compose_kernel(
         k = tl.arange(0, BLOCK_R)
         factor = right_factor(factor_ptr, columns, k, column_mask, stride_f, stride_fk, RANK, OPERAND)
     if HAS_MAGNITUDE:
-        g, _inverse = gain_of_formed_weight(magnitude_ptr, norm_ptr, columns, column_mask)
+        g, _inverse = gain_off_zero(magnitude_ptr, norm_ptr, columns, column_mask)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
     first = tl.program_id(1) * tokens_per_part

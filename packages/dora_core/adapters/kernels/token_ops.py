@@ -49,8 +49,7 @@ def _compose_launch(
     rank = shape[1] if shape else 0
     column_blocks = cdiv(num_columns, 128)
     block_t, tiles = low_rank_tiles(rank, (32, 64, 128), dtype)
-    num_programs = NUM_PROGRAMS if tiles["WALK"] else column_blocks * num_tokens
-    parts, per_part = split(num_tokens, block_t, column_blocks, num_programs)
+    parts, per_part = split(num_tokens, block_t, column_blocks, NUM_PROGRAMS if tiles["WALK"] else None)
     scale, threshold = scale / (1.0 - dropout), dropout_threshold(dropout)
     return _compose_kernel.bind(
         (column_blocks, parts, 1),

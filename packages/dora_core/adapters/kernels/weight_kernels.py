@@ -7,7 +7,7 @@ import triton.language as tl
 
 from dora_core.adapters.kernels.tiles import (
     comes_last,
-    gain_of_formed_weight,
+    gain_off_zero,
     left_factor,
     low_rank_product,
     mixed,
@@ -158,7 +158,7 @@ def effective_weight_kernel(
     if RANK > 0:
         b = left_factor(b_ptr, rows, tl.arange(0, BLOCK_R), row_mask, RANK, RANK, OPERAND)
     if HAS_MAGNITUDE:
-        g, _inverse = gain_of_formed_weight(magnitude_ptr, norm_ptr, rows, row_mask)
+        g, _inverse = gain_off_zero(magnitude_ptr, norm_ptr, rows, row_mask)
     if DITHER:
         row_bits = mixed(rows.to(tl.uint32) * 0x9E3779B1)
     first = tl.program_id(1) * columns_per_part

@@ -41,7 +41,7 @@ def _row_norm_launch(
         types["PRECISION"] = "tf32"
     block_m, tiles = low_rank_tiles(rank, (64, 64, 128), b_dtype or torch.float32)
     row_blocks = cdiv(num_rows, block_m)
-    num_programs = NUM_PROGRAMS // 2 if tiles["WALK"] else row_blocks * num_columns
+    num_programs = NUM_PROGRAMS // 2 if tiles["WALK"] else None
     parts, per_part = split(num_columns, 128, row_blocks, num_programs)
     launch = _row_norm_kernel.bind(
         (row_blocks, parts, num_layers),
@@ -108,7 +108,7 @@ def _effective_weight_launch(
     rank = shape[0] if shape else 0
     block_m, tiles = low_rank_tiles(rank, (32, 64, 64), dtype)
     row_blocks = cdiv(num_rows, block_m)
-    num_programs = 2 * NUM_PROGRAMS if tiles["WALK"] else row_blocks * num_columns
+    num_programs = 2 * NUM_PROGRAMS if tiles["WALK"] else None
     parts, per_part = split(num_columns, 128, row_blocks, num_programs)
     return _effective_weight_kernel.bind(
         (row_blocks, parts, 1),
