@@ -19,8 +19,9 @@ class SharedNorms:
 
     def __init__(self, layers: Sequence[DoRALinear]) -> None:
         self._layers = layers
-        self._addresses: tuple[int, ...] | None = None
-        """Where the tensors were when they were last seen to be alike."""
+        self._addresses: tuple[int, ...] = ()
+        """Where the tensors were when it was last asked whether they are ``_alike``."""
+        self._alike = False
         self._norms: dict[DoRALinear, tuple[tuple, list[int], Tensor]] | None = None
         """Those that nobody has taken yet, with the parameters that they were computed from; None before any is."""
         for layer in layers:
@@ -40,10 +41,10 @@ class SharedNorms:
         addresses = tuple([0 if tensor is None else tensor.data_ptr() for each in factors for tensor in each])
         if addresses != self._addresses:
             key = _key(self._layers[0])
-            alike = key is not None and all([_key(layer) == key for layer in self._layers])
-            self._addresses = addresses if alike else None
+            self._addresses = addresses
+            self._alike = key is not None and all([_key(layer) == key for layer in self._layers])
         scale = self._layers[0].scale
-        if self._addresses is None or any([layer.scale != scale for layer in self._layers]):
+        if not self._alike or any([layer.scale != scale for layer in self._layers]):
             return {}
         norms = kernels.row_norms(factors[0], scale, addresses)
         own = zip(self._layers, tensors, norms, strict=True)
@@ -69,7 +70,7 @@ def share_norms(model: nn.Module) -> list[SharedNorms]:
     by_key: dict[tuple, list[DoRALinear]] = {}
     for layer in model.modules():
         if isinstance(layer, DoRALinear) and layer.shared_norms is None and (key := _key(layer)) is not None:
-            by_key.setdefault(key, []).append(layer)
+            by_key.setdefault((layer.scale, *key), []).append(layer)
     shared = []
     for layers in by_key.values():
         for start in range(0, len(layers), MAX_LAYERS):
@@ -79,7 +80,7 @@ def share_norms(model: nn.Module) -> list[SharedNorms]:
 
 
 def _key(layer: DoRALinear) -> tuple | None:
-    """What must be equal in layers whose norms are computed together; None if that is impossible."""
+    """What of tensors must be equal in layers whose norms are computed together; None if that is impossible."""
     weight, _, *factors, _ = layer.tensors()
     tensors = [tensor for tensor in (weight, *factors) if tensor is not None]
     if layer.kernel == "plain" or any(is_partitioned(tensor) for tensor in tensors):
@@ -88,4 +89,4 @@ def _key(layer: DoRALinear) -> tuple | None:
         return None
     if not all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors):
         return None
-    return (weight.device, layer.scale, *((tensor.shape, tensor.dtype) for tensor in tensors))
+    return (weight.device, *((tensor.shape, tensor.dtype) for tensor in tensors))
