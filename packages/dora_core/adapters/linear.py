@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -62,6 +62,8 @@ class LoRALinear(nn.Module):
         self.num_reuse_blocks = 0
         """How many ``reuse_norms`` blocks are open around this layer."""
         self._known: tuple[list[int], kernels.Projection] | None = None
+        self._stack: kernels.Stack | None = None
+        """Of this layer and those that were last computed with it."""
         self.enabled = True
         self.base_weight: Tensor | None = None
         """While merged: this rank's part of the base weight, on the CPU, so that unmerging is exact."""
@@ -99,6 +101,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out] in x's type (autocast's, where that is on) for x [..., in]."""
+        shared = self.shared_input if not torch.compiler.is_compiling() else None
+        if shared is not None and (output := shared.take(self, x)) is not None:
+            return output
         given, device = x, x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
@@ -106,10 +111,10 @@ class LoRALinear(nn.Module):
             return F.linear(x, self.weight, self.bias)
         dropout = self.dropout if self.training else 0.0
         if self._is_fused(x):
-            compute = lambda layers: kernels.fused_linears(x, [each.projection() for each in layers], dropout)  # noqa: E731
-            if self.shared_input is None or torch.compiler.is_compiling():
-                return compute([self])[0]
-            return self.shared_input.output(self, given, compute)
+            if shared is None:
+                return kernels.fused_linears(x, self._stack_of([self], x.dtype), dropout)[0]
+            layers = shared.layers(self, given)
+            return shared.keep(layers, kernels.fused_linears(x, self._stack_of(layers, x.dtype), dropout))
         *tensors, settings = self.projection(row_norm)
         return adapted_linear(
             x,
@@ -144,9 +149,18 @@ class LoRALinear(nn.Module):
         settings = kernels.Settings(self._scale, self._full_norm_gradient, self._untouched(norm))
         return kernels.Projection(*tensors, norm, settings)
 
+    def _stack_of(self, layers: Sequence[LoRALinear], dtype: torch.dtype) -> kernels.Stack:
+        projections = [layer.projection() for layer in layers]
+        stack = self._stack
+        if stack is None or not stack.holds(projections, dtype):
+            stack = kernels.Stack(projections, dtype)
+            if self.num_reuse_blocks and not torch.compiler.is_compiling():
+                self._stack = stack
+        return stack
+
     def forget(self) -> None:
         """Forget what was computed from the parameters: they changed."""
-        self._known = None
+        self._known = self._stack = None
 
     def tensors(self) -> tuple[nn.Parameter | None, ...]:
         """Return W, bias, A, B and m."""
@@ -210,7 +224,7 @@ class LoRALinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is no part of the block that announces changes to the original.
-        return {**self.__dict__, "shared_input": None, "num_reuse_blocks": 0, "_known": None}
+        return {**self.__dict__, "shared_input": None, "num_reuse_blocks": 0, "_known": None, "_stack": None}
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in (self.lora_A, self.lora_B, self.magnitude) if p is not None]

@@ -32,23 +32,32 @@ class SharedInput:
         for layer in layers:
             layer.shared_input = self
 
-    def output(
-        self, layer: LoRALinear, x: Tensor, compute: Callable[[Sequence[LoRALinear]], Sequence[Tensor]]
-    ) -> Tensor:
-        """Return the output of ``layer`` for x; ``compute`` gives those of several layers for the same x."""
-        given = (0 if x.is_inference() else x._version, torch.is_grad_enabled(), layer.training)
-        if x is self._x() and given == self._given and layer is not self._first:
-            output, versions = self._outputs.pop(layer, (None, []))
-            if output is not None and versions == layer.versions():
-                return output
+    def take(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
+        """Return the output of ``layer`` for x, if it was computed with a sibling's and holds."""
+        if not self._outputs or not self._is_last(layer, x):
+            return None
+        output, versions = self._outputs.pop(layer, (None, []))
+        return output if versions == layer.versions() else None
+
+    def layers(self, layer: LoRALinear, x: Tensor) -> list[LoRALinear]:
+        """Return the layers to compute for x now that ``layer`` is called, itself first; ``keep`` the outputs."""
+        if layer is not self._first and self._is_last(layer, x):
             self._seen[self._first].append(layer)
-            return compute([layer])[0]
-        self._first, self._x, self._given = layer, weakref.ref(x), given
+            return [layer]
+        self._first, self._x, self._given, self._outputs = layer, weakref.ref(x), _given(layer, x), {}
         followers = self._followers.get(layer, [])
         self._seen[layer] = list(followers)
-        output, *others = compute([layer, *followers])
-        self._outputs = {other: (value, other.versions()) for other, value in zip(followers, others, strict=True)}
-        return output
+        return [layer, *followers]
+
+    def keep(self, layers: Sequence[LoRALinear], outputs: Sequence[Tensor]) -> Tensor:
+        """Return the first of the outputs, and keep the others until their layers are called."""
+        for layer, output in zip(layers[1:], outputs[1:], strict=True):
+            self._outputs[layer] = (output, layer.versions())
+        return outputs[0]
+
+    def _is_last(self, layer: LoRALinear, x: Tensor) -> bool:
+        """Whether the call of ``layer`` with x is like the last one that led."""
+        return x is self._x() and _given(layer, x) == self._given
 
     def forget(self) -> None:
         """Drop outputs that nobody came for, and expect from now on those who came since the last call."""
@@ -61,6 +70,11 @@ class SharedInput:
         """Let each layer compute by itself again."""
         for layer in self._layers:
             layer.shared_input = None
+
+
+def _given(layer: LoRALinear, x: Tensor) -> tuple:
+    """What else an output depends on."""
+    return (0 if x.is_inference() else x._version, torch.is_grad_enabled(), layer.training, layer.enabled)
 
 
 def share_inputs(model: nn.Module) -> list[SharedInput]:

@@ -12,12 +12,13 @@ from dora_core.adapters.kernels.dispatch import (
     row_norms,
     why_not_fused,
 )
-from dora_core.adapters.kernels.projection import Projection, Settings
+from dora_core.adapters.kernels.projection import Projection, Settings, Stack
 
 __all__ = [
     "Form",
     "Projection",
     "Settings",
+    "Stack",
     "choose_backward_form",
     "choose_form",
     "fused_linears",

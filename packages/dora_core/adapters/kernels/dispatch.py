@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from dora_core.adapters.kernels.projection import Projection
+from dora_core.adapters.kernels.projection import Projection, Stack
 
 MIN_CAPABILITY = (8, 0)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -70,11 +70,11 @@ def refuse(reason: str) -> None:
     )
 
 
-def fused_linears(x: Tensor, projections: Sequence[Projection], dropout: float = 0.0) -> tuple[Tensor, ...]:
+def fused_linears(x: Tensor, layers: Sequence[Projection] | Stack, dropout: float = 0.0) -> tuple[Tensor, ...]:
     """Return the outputs of adapted layers that share x; see ``kernels.fused.fused_linears``."""
     from dora_core.adapters.kernels import fused
 
-    return fused.fused_linears(x, projections, dropout)
+    return fused.fused_linears(x, layers, dropout)
 
 
 def row_norm(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scale: float) -> Tensor:

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from dora_core.adapters.kernels.cost import Form, choose_backward_form, choose_form
 from dora_core.adapters.kernels.gradient_ops import dropped_gradient, output_gradients, transposed_product
 from dora_core.adapters.kernels.launch import cast
-from dora_core.adapters.kernels.projection import Projection
+from dora_core.adapters.kernels.projection import Projection, Stack
 from dora_core.adapters.kernels.token_ops import compose, dropped_product
 from dora_core.adapters.kernels.weight_ops import effective_weight
 
@@ -24,35 +24,37 @@ NUM_OTHERS = 5
 """Arguments of the function before them."""
 
 
-def fused_linears(x: Tensor, projections: Sequence[Projection], dropout: float = 0.0) -> tuple[Tensor, ...]:
-    """Return the outputs [..., out] of LoRA or DoRA layers that share x [..., in], in x's type.
+def fused_linears(x: Tensor, layers: Sequence[Projection] | Stack, dropout: float = 0.0) -> tuple[Tensor, ...]:
+    """Return the outputs [..., out] of LoRA or DoRA ``layers`` that share x [..., in], in x's type.
 
     The function of ``adapted_linear`` with its ``lowrank`` dropout, drawn here with probability ``dropout`` and one
-    mask for all. The two ways of computing it, see ``choose_form``, have their own error for half types: ``composed``
-    rounds the base product once more; ``merged`` rounds the weight without bias, together up to twice the error of
-    one rounding of y. Kept for the backward pass beside x: one [tokens, r] and, for the gradient of the magnitude, the
-    output itself, which nobody may write to unseen by torch, or one [tokens, out]. A dropout mask is drawn again from
-    its seed, a formed weight formed again.
+    mask for all; a ``Stack`` of x's type keeps what several calls need. The two ways of computing it, see
+    ``choose_form``, have their own error for half types: ``composed`` rounds the base product once more; ``merged``
+    rounds the weight without bias, together up to twice the error of one rounding of y. Kept for the backward pass
+    beside x: one [tokens, r] and, for the gradient of the magnitude, the output itself, which nobody may write to
+    unseen by torch, or one [tokens, out]. A dropout mask is drawn again from its seed, a formed weight formed again.
     """
     seed = torch.randint(2**31, (1,), device=x.device) if dropout > 0 else None
+    stack = layers if isinstance(layers, Stack) else Stack(layers, x.dtype)
+    projections = stack.projections
     if not torch.is_grad_enabled():
-        return tuple(_forward(x, projections, [False] * len(projections), seed, dropout)[0])
+        return tuple(_forward(x, stack, [False] * len(projections), seed, dropout)[0])
     tensors = [tensor for p in projections for tensor in (p.bias, p.lora_A, p.lora_B, p.magnitude)]
     if not torch.compiler.is_compiling():
-        return _FusedLinears.apply(x, seed, dropout, projections, None, *tensors)
+        return _FusedLinears.apply(x, seed, dropout, stack, None, *tensors)
     tensors += [tensor for p in projections for tensor in (p.weight, p.norm)]
     return _FusedLinears.apply(x, seed, dropout, None, tuple(p.settings for p in projections), *tensors)
 
 
 def _forward(
-    x: Tensor, projections: Sequence[Projection], keeps: Sequence[bool], seed: Tensor | None, dropout: float
+    x: Tensor, stack: Stack, keeps: Sequence[bool], seed: Tensor | None, dropout: float
 ) -> tuple[list[Tensor], list[Tensor | None], list[bool], Tensor | None]:
     """Return outputs [..., out], what m needs of them where ``keeps``, whether it is the output, and hidden."""
-    dtype = x.dtype
+    dtype, projections = x.dtype, stack.projections
     forms = [_forward_form(p, x, seed, each) for p, each in zip(projections, keeps, strict=True)]
-    hidden = _hidden(_flat(x), projections, seed, dropout) if "composed" in forms else None
+    hidden = _hidden(_flat(x), stack, seed, dropout) if "composed" in forms else None
     outputs, kept = [], []
-    for p, form, keep, low in zip(projections, forms, keeps, _slices(hidden, projections), strict=True):
+    for p, form, keep, low in zip(projections, forms, keeps, _slices(hidden, stack), strict=True):
         bias, base = cast(p.bias, dtype), None
         if form == "merged":
             y = linear(x, _formed(p, dtype), bias)
@@ -62,8 +64,10 @@ def _forward(
                 base = linear(x, cast(p.weight, dtype))
         else:
             base = linear(x, cast(p.weight, dtype))
-            y = compose(base, low, p.lora_B, p.magnitude, p.norm, bias, p.settings.scale)
-            if not _needs_base(p, x):
+            factors = (low, p.lora_B, p.magnitude, p.norm, bias, p.settings.scale)
+            keeps_base = keep and _needs_base(p, x)
+            y = compose(base, *factors, over=not keeps_base)
+            if not keeps_base:
                 base = None
         outputs.append(y)
         kept.append((y if base is None else base) if keep else None)
@@ -74,14 +78,15 @@ class _FusedLinears(torch.autograd.Function):
     """y_i = g_i (x W_i^T + s_i drop(x) A_i^T B_i^T) + bias_i for x [..., in]."""
 
     @staticmethod
-    def forward(ctx, x, seed, dropout, projections, settings, *tensors):
+    def forward(ctx, x, seed, dropout, stack, settings, *tensors):
         # Parameters and norms live on anyway: saving them would cost activation checkpointing two calls for each.
-        # Only while tracing, ``projections`` is None and they must be saved.
-        ctx.known, saved = projections, tensors if projections is None else ()
-        projections = projections or _projections(tensors, settings)
+        # Only while tracing, ``stack`` is None and they must be saved.
+        ctx.known, saved = stack, tensors if stack is None else ()
+        stack = stack or Stack(_projections(tensors, settings), x.dtype)
+        projections = stack.projections
         needs = _needs(ctx, len(projections))
         keeps = [_keeps_output(p, need[3]) for p, need in zip(projections, needs, strict=True)]
-        outputs, kept, ctx.kept_is_output, hidden = _forward(x, projections, keeps, seed, dropout)
+        outputs, kept, ctx.kept_is_output, hidden = _forward(x, stack, keeps, seed, dropout)
         keeps_x = any([n[1] or n[2] for n in needs]) or any(keeps)
         ctx.save_for_backward(x if keeps_x else None, seed, hidden if keeps_x else None, *kept, *saved)
         ctx.versions = None if saved else _versions(projections)
@@ -95,7 +100,8 @@ class _FusedLinears(torch.autograd.Function):
         x, seed, hidden, *rest = ctx.saved_tensors
         x = _flat(x)
         kept = rest[: len(dys)]
-        projections = ctx.known or _projections(rest[len(dys) :], settings)
+        stack = ctx.known or Stack(_projections(rest[len(dys) :], settings), dtype)
+        projections = stack.projections
         if ctx.known and ctx.versions != _versions(projections):
             raise RuntimeError(
                 "A parameter of an adapted layer was modified in place between its forward and its backward pass. "
@@ -105,21 +111,21 @@ class _FusedLinears(torch.autograd.Function):
         need_x = ctx.needs_input_grad[0]
         merged = seed is None and _backward_form(projections, math.prod(shape[:-1])) == "merged"
         if hidden is None and x is not None:
-            hidden = _hidden(x, projections, seed, dropout)
+            hidden = _hidden(x, stack, seed, dropout)
         wants_u = any([need[1] for need in needs]) or (need_x and not merged)
         dx, us, grads, norm_parts = None, [], [], {}
-        for i, (p, need, low) in enumerate(zip(projections, needs, _slices(hidden, projections), strict=True)):
+        for i, (p, need, low) in enumerate(zip(projections, needs, _slices(hidden, stack), strict=True)):
             dy = cast(_flat(dys[i]), dtype)
             full_norm = p.settings.full_norm and p.rank > 0
             formed = _formed(p, dtype) if (merged and need_x) or full_norm else None
-            projected = torch.mm(formed, cast(p.lora_A, dtype).t()) if full_norm else None
+            projected = torch.mm(formed, stack.lora_A(i).t()) if full_norm else None
             gained = p.magnitude is not None and not merged
-            tensors = (dy, _flat(kept[i]), low, p.lora_B, p.magnitude, p.norm, projected)
+            tensors = (dy, kept[i], low, p.lora_B, p.magnitude, p.norm, projected)
             options = (p.settings.scale, ctx.kept_is_output[i], gained)
             gained_dy, dB, dm, weighted_B = output_gradients(*tensors, *options)
             gained_dy = gained_dy if gained else dy
             if p.rank and wants_u:
-                us.append(_u(p, gained_dy, is_gained=not merged))
+                us.append(_u(stack, i, gained_dy, is_gained=not merged))
             if full_norm:
                 norm_parts[i] = transposed_product(weighted_B, formed, torch.float32)
             if need_x:
@@ -130,9 +136,9 @@ class _FusedLinears(torch.autograd.Function):
         if us:
             u = us[0] if len(us) == 1 else torch.cat(us, 1)
             if need_x and seed is not None:
-                dx = compose(dx, u, _stacked_a(projections, dtype).t(), None, None, None, 1.0, seed, dropout)
+                dx = compose(dx, u, stack.lora_A().t(), None, None, None, 1.0, seed, dropout, over=True)
             elif need_x and not merged:
-                dx.addmm_(u, _stacked_a(projections, dtype))
+                dx.addmm_(u, stack.lora_A())
             if any([need[1] for need in needs]):
                 _give_gradients_of_a(grads, norm_parts, projections, x, u, seed, dropout)
         dx = None if dx is None else dx.view(shape)
@@ -207,32 +213,31 @@ def _formed(p: Projection, dtype: torch.dtype) -> Tensor:
     return effective_weight(p.weight, p.lora_A, p.lora_B, p.magnitude, p.norm, p.settings.scale, dtype)
 
 
-def _stacked_a(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor:
-    factors = [p.lora_A for p in projections if p.lora_A is not None]
-    return cast(factors[0] if len(factors) == 1 else torch.cat(factors), dtype)
-
-
-def _hidden(x: Tensor, projections: Sequence[Projection], seed: Tensor | None, dropout: float) -> Tensor | None:
+def _hidden(x: Tensor, stack: Stack, seed: Tensor | None, dropout: float) -> Tensor | None:
     """drop(x) [A_1; A_2; ...]^T [T, sum of ranks]."""
-    if not any(p.rank for p in projections):
+    if not stack.ranks:
         return None
-    stacked = _stacked_a(projections, x.dtype)
-    return torch.mm(x, stacked.t()) if seed is None else dropped_product(x, stacked, seed, dropout)
+    lora_A = stack.lora_A()
+    return torch.mm(x, lora_A.t()) if seed is None else dropped_product(x, lora_A, seed, dropout)
 
 
-def _slices(hidden: Tensor | None, projections: Sequence[Projection]) -> list[Tensor | None]:
+def _slices(hidden: Tensor | None, stack: Stack) -> Sequence[Tensor | None]:
     if hidden is None:
-        return [None] * len(projections)
-    if len(projections) == 1:
+        return [None] * len(stack)
+    if len(stack) == 1:
         return [hidden]
-    parts = iter(hidden.split_with_sizes([p.rank for p in projections if p.rank], 1))
-    return [next(parts) if p.rank else None for p in projections]
+    parts = hidden.split_with_sizes(stack.ranks, 1)
+    if len(parts) == len(stack):
+        return parts
+    some = iter(parts)
+    return [next(some) if p.rank else None for p in stack.projections]
 
 
-def _u(p: Projection, dy: Tensor, *, is_gained: bool) -> Tensor:
-    """s (g dy) B [T, r] from g dy, or from dy itself."""
+def _u(stack: Stack, i: int, dy: Tensor, *, is_gained: bool) -> Tensor:
+    """s (g dy) B [T, r] of a layer from g dy, or from dy itself."""
+    p = stack.projections[i]
     if is_gained or p.magnitude is None:
-        factor = cast(p.lora_B, dy.dtype)
+        factor = stack.lora_B(i)
     else:
         factor = effective_weight(p.lora_B, None, None, p.magnitude, p.norm, 1.0, dy.dtype)
-    return torch.addmm(dy.new_empty(()), dy, factor, beta=0, alpha=p.settings.scale)
+    return torch.addmm(stack.unused, dy, factor, beta=0, alpha=p.settings.scale)

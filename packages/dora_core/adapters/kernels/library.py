@@ -15,19 +15,20 @@ LIBRARY = Library("dora_core", "DEF")
 def register(schema: str, function: Callable, fake: Callable) -> Callable:
     """Make ``function`` the operator ``schema`` on every device, with ``fake`` as the rule for its result's shape.
 
-    Returns what to call: the operator while ``torch.compile`` traces, else the function itself.
+    Returns what to call: the operator while ``torch.compile`` traces, else the function itself. Keyword arguments are
+    permissions that only the function takes, such as to write to an argument, which no traced operator may.
     """
 
     name = schema.partition("(")[0]
 
     @wraps(function)
-    def call(first: Tensor, *others):
+    def call(first: Tensor, *others, **permissions):
         if torch.compiler.is_compiling():  # the dispatcher would cost as much as a launch; only tracing needs it
             return operator(first, *others)
         if first.is_cuda and first.get_device() != torch._C._cuda_getDevice():
             with torch.cuda.device(first.device):
-                return function(first, *others)
-        return function(first, *others)
+                return function(first, *others, **permissions)
+        return function(first, *others, **permissions)
 
     LIBRARY.define(schema)
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")

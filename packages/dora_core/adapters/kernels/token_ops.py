@@ -76,13 +76,15 @@ def _compose(
     scale: float,
     seed: Tensor | None = None,
     dropout: float = 0.0,
+    *,
+    over: bool = False,
 ) -> Tensor:
     base, hidden = contiguous(base), with_unit_stride(hidden)
     num_columns = base.shape[-1]
     sizes = (base.numel() // num_columns, num_columns, base.dtype)
     given = (facts(hidden), facts(factor), dtype_of(magnitude), dtype_of(bias))
     launch = _compose_launch(*sizes, *given, float(scale), seed is not None, dropout)
-    out = torch.empty_like(base)
+    out = base if over else torch.empty_like(base)
     launch(base, hidden, factor, magnitude, norm, bias, seed, out)
     return out
 
@@ -93,7 +95,10 @@ compose = register(
     _compose,
     lambda base, *_: base.new_empty(base.shape),
 )
-"""g (base + s drop(hidden factor^T)) + bias for base [..., N] with T rows, hidden [T, r], factor [N, r] (B, or A^T)."""
+"""g (base + s drop(hidden factor^T)) + bias for base [..., N] with T rows, hidden [T, r], factor [N, r] (B, or A^T).
+
+``over=True`` allows to return it in the memory of a contiguous base that nobody needs any more.
+"""
 
 
 def sum_parts(part: Tensor, dtype: torch.dtype, factor: float, *, transpose: bool = False) -> Tensor:

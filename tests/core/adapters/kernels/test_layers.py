@@ -43,9 +43,9 @@ def sizes(monkeypatch) -> list[int]:
     seen: list[int] = []
     original = fused.fused_linears
 
-    def spy(x, projections, dropout=0.0):
-        seen.append(len(projections))
-        return original(x, projections, dropout)
+    def spy(x, layers, dropout=0.0):
+        seen.append(len(layers))
+        return original(x, layers, dropout)
 
     monkeypatch.setattr(fused, "fused_linears", spy)
     return seen
@@ -76,6 +76,26 @@ def test_training_is_that_of_the_plain_path_with_one_norm_a_step(checkpointed, s
     assert train(own, checkpointed=checkpointed, device=device) == pytest.approx(expected, rel=1e-5)
     assert [layer.num_norms_computed for layer in own.children()] == [4] * 4
     assert sizes[:4] == [1] * 4 and sizes[-2:] == [3, 1]  # the first step sees who shares an input
+
+
+def test_factors_are_cast_and_joined_once_a_step(device):
+    block = Block(kernel="fused").to(device, torch.bfloat16)
+    stacks, factors = [], []
+    with reuse_norms(block) as reuse:
+        for _ in range(3):
+            for _ in range(2):
+                x = torch.randn(3, 16, device=device, dtype=torch.bfloat16)
+                block(x).sum().backward()
+                stacks.append(block.q_proj._stack)
+                factors.append((stacks[-1].lora_A(), stacks[-1].lora_B(0)))
+            with torch.no_grad():
+                block.q_proj.lora_B.data.mul_(2)
+            reuse.parameters_changed()
+        assert block.q_proj._stack is None
+    assert len(stacks[-1]) == 3 and factors[-1][0].shape == (12, 16)
+    for first, second in zip(factors[::2], factors[1::2], strict=True):
+        assert all(a is b and a.dtype == torch.bfloat16 for a, b in zip(first, second, strict=True))
+    assert torch.equal(factors[2][1] * 2, factors[4][1])
 
 
 def test_siblings_with_other_inputs_are_computed_alone(sizes, device):
