@@ -43,6 +43,7 @@ from transformers import PreTrainedModel
 REGIMES = "8x2048-ckpt-r32,2x2048-r32,1x2048-ckpt-r32,1x4096-ckpt-r128,1x4096-ckpt-r384"
 DEFAULT_VARIANTS = "peft-lora,peft-dora,ours-lora,ours-dora,ours-dora-fp32,ours-dora-plain,ours-dora-dropout"
 FEW_TOKENS = 16
+MAX_STEPS = 40
 COLUMNS = {
     "regime": "",
     "variant": "",
@@ -108,7 +109,9 @@ def measure(
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
-        milliseconds = time_steps(step, device, own.warmup, own.repeats)
+        (one,) = time_steps(step, device, own.warmup, 1)
+        num_steps = max(own.repeats, min(MAX_STEPS, int(own.seconds * 1e3 / one)))
+        milliseconds = time_steps(step, device, 0, num_steps)
         extra_gib, last_loss = memory.extra_gib(), losses[-1].item()
         short = time_steps(partial(step, input_ids[:1, :FEW_TOKENS]), device, 2, 5)
         return {
@@ -116,7 +119,7 @@ def measure(
             "iqr_ms": iqr(milliseconds),
             "extra_gib": extra_gib,
             "host_ms": statistics.median(short),
-            "num_steps": own.repeats,
+            "num_steps": num_steps,
             "num_trainable": sum(parameter.numel() for parameter in parameters),
             "first_loss": losses[0].item(),
             "last_loss": last_loss,
@@ -180,7 +183,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, value in vars(Shape()).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=8, help="timed steps, at least")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of short steps, time more of them, up to 40")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
@@ -190,7 +194,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot-only", action="store_true")
     own = parser.parse_args(arguments)
     if own.tiny:
-        vars(own).update(vars(TINY), warmup=1, repeats=2, regimes="2x32-ckpt-r4,1x16-r8", dtype="float32")
+        vars(own).update(vars(TINY), warmup=1, repeats=2, seconds=0.0, regimes="2x32-ckpt-r4,1x16-r8", dtype="float32")
     unknown = [name for name in own.variants.split(",") if name not in VARIANTS]
     if unknown:
         parser.error(f"no such variants: {', '.join(unknown)}; there are {', '.join(VARIANTS)}")

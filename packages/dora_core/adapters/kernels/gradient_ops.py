@@ -22,6 +22,7 @@ from dora_core.adapters.kernels.launch import (
     facts,
     operand,
     rank_block,
+    scratch,
     split,
     with_unit_stride,
 )
@@ -124,7 +125,7 @@ def _output_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     hidden, kept = with_unit_stride(hidden), contiguous(kept)
     factors = (contiguous(lora_B), magnitude, norm, contiguous(weight_product))
-    results = _empty_results(dy, kept, hidden, lora_B, weight_product, gained)
+    results = _empty_results(dy, kept, hidden, lora_B, magnitude, weight_product, gained)
     gained_dy, dB, dm, weighted_B = results
     if dB is None and dm is None and not gained:
         return results
@@ -134,7 +135,7 @@ def _output_gradients(
     if rank <= SMALL_RANK:
         given = (facts(dy), facts(hidden), dtypes, kept is not None, gained, finish, scale, None)
         column_blocks, parts, launch = _token_pass_launch(*given)
-        part = empty(dy, parts * num_rows * (rank + 1))
+        part = scratch(dy.device, parts * num_rows * (rank + 1))
         counter = counters(dy.device, column_blocks)
         launch(dy, hidden, kept, *factors, None, gained_dy, part, dB, dm, weighted_B, counter)
         return results
@@ -155,15 +156,16 @@ def _empty_results(
     kept: Tensor | None,
     hidden: Tensor | None,
     lora_B: Tensor | None,
+    magnitude: Tensor | None,
     weight_product: Tensor | None,
     gained: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    num_rows = dy.shape[1]
+    dense = torch.contiguous_format
     return (
-        torch.empty_like(dy, memory_format=torch.contiguous_format) if gained else None,
-        None if hidden is None else empty(dy, num_rows, hidden.shape[1], dtype=lora_B.dtype),
-        None if kept is None else empty(dy, num_rows),
-        None if weight_product is None else empty(dy, num_rows, hidden.shape[1], dtype=dy.dtype),
+        torch.empty_like(dy, memory_format=dense) if gained else None,
+        None if hidden is None else torch.empty_like(lora_B, memory_format=dense),
+        None if kept is None else torch.empty_like(magnitude, memory_format=dense),
+        None if weight_product is None else torch.empty_like(lora_B, dtype=dy.dtype, memory_format=dense),
     )
 
 
@@ -172,7 +174,7 @@ output_gradients = register(
     "Tensor? weight_product, float scale, bool kept_is_output, bool gained) -> (Tensor?, Tensor?, Tensor?, Tensor?)",
     _output_gradients,
     lambda dy, kept, hidden, lora_B, magnitude, norm, product, scale, kept_is_output, gained: _empty_results(
-        dy, kept, hidden, lora_B, product, gained
+        dy, kept, hidden, lora_B, magnitude, product, gained
     ),
 )
 """What one read of dy [T, out] gives: g dy (``gained``), dB = s (g dy)^T hidden [out, r], dm [out], a weighted B.

@@ -135,15 +135,29 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 _counters: dict[tuple, Tensor] = {}
+_scratch: dict[tuple, Tensor] = {}
 
 
 def counters(device: torch.device, number: int) -> Tensor:
     """Return zeros for ``comes_last``, which leaves them so: a tensor for each stream, whose kernels run in turn."""
-    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-    found = _counters.get((device, stream))
+    place = _stream(device)
+    found = _counters.get(place)
     if found is None or found.numel() < number:
-        found = _counters[device, stream] = torch.zeros(max(1024, number), dtype=torch.int32, device=device)
+        found = _counters[place] = torch.zeros(max(1024, number), dtype=torch.int32, device=device)
     return found
+
+
+def scratch(device: torch.device, number: int) -> Tensor:
+    """Return fp32 memory that a single launch may write and read: always the same for each stream, or a larger one."""
+    place = _stream(device)
+    found = _scratch.get(place)
+    if found is None or found.numel() < number:
+        found = _scratch[place] = torch.empty(number, dtype=torch.float32, device=device)
+    return found
+
+
+def _stream(device: torch.device) -> tuple[torch.device, int]:
+    return device, torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
 def dropout_threshold(dropout: float) -> int:
