@@ -87,6 +87,8 @@ def _key(layer: DoRALinear) -> tuple | None:
         return None
     if kernels.why_not_fused(weight.device.type, weight.dtype) is not None:
         return None
+    if kernels.casts_factors(weight, factors[1]):
+        return None
     if not all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors):
         return None
     return (weight.device, *((tensor.shape, tensor.dtype) for tensor in tensors))

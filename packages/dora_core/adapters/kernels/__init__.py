@@ -5,6 +5,7 @@ Importing this package needs no Triton; calling ``fused_linears``, ``row_norm`` 
 
 from dora_core.adapters.kernels.cost import Form, choose_backward_form, choose_form
 from dora_core.adapters.kernels.dispatch import (
+    casts_factors,
     fused_linears,
     kernel_choice,
     refuse,
@@ -19,6 +20,7 @@ __all__ = [
     "Projection",
     "Settings",
     "Stack",
+    "casts_factors",
     "choose_backward_form",
     "choose_form",
     "fused_linears",

@@ -14,6 +14,7 @@ from dora_core.adapters.kernels.projection import Projection, Stack
 
 MIN_CAPABILITY = (8, 0)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_FP32_RANK = 64
 
 
 @torch.compiler.assume_constant_result
@@ -83,6 +84,14 @@ def row_norm(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scale
 
     with torch.inference_mode(False), torch.no_grad():
         return weight_ops.row_norm(weight, lora_A, lora_B, scale)
+
+
+def casts_factors(weight: Tensor, factor: Tensor | None) -> bool:
+    """Whether the norm takes fp32 factors in the weight's half type, as the layer's products do: for large ranks.
+
+    Tiles of fp32 then leave little room for others, and the product takes several times as long.
+    """
+    return factor is not None and factor.itemsize > weight.itemsize == 2 and factor.shape[1] > MAX_FP32_RANK
 
 
 def row_norms(tensors: Sequence[Tensor | None], scale: float, addresses: tuple[int, ...]) -> tuple[Tensor, ...]:

@@ -54,17 +54,17 @@ def _forward(
     forms = [_forward_form(p, x, seed, each) for p, each in zip(projections, keeps, strict=True)]
     hidden = _hidden(_flat(x), stack, seed, dropout) if "composed" in forms else None
     outputs, kept = [], []
-    for p, form, keep, low in zip(projections, forms, keeps, _slices(hidden, stack), strict=True):
+    for i, (p, form, keep, low) in enumerate(zip(projections, forms, keeps, _slices(hidden, stack), strict=True)):
         bias, base = cast(p.bias, dtype), None
         if form == "merged":
-            y = linear(x, _formed(p, dtype), bias)
+            y = linear(x, _formed(stack, i), bias)
         elif p.settings.untouched:  # the base layer's own kernel, so that the result is its result bit for bit
             y = linear(x, cast(p.weight, dtype), bias)
             if keep and bias is not None:
                 base = linear(x, cast(p.weight, dtype))
         else:
             base = linear(x, cast(p.weight, dtype))
-            factors = (low, p.lora_B, p.magnitude, p.norm, bias, p.settings.scale)
+            factors = (low, stack.lora_B(i), p.magnitude, p.norm, bias, p.settings.scale)
             keeps_base = keep and _needs_base(p, x)
             y = compose(base, *factors, over=not keeps_base)
             if not keeps_base:
@@ -117,7 +117,7 @@ class _FusedLinears(torch.autograd.Function):
         for i, (p, need, low) in enumerate(zip(projections, needs, _slices(hidden, stack), strict=True)):
             dy = cast(_flat(dys[i]), dtype)
             full_norm = p.settings.full_norm and p.rank > 0
-            formed = _formed(p, dtype) if (merged and need_x) or full_norm else None
+            formed = _formed(stack, i) if (merged and need_x) or full_norm else None
             projected = torch.mm(formed, stack.lora_A(i).t()) if full_norm else None
             gained = p.magnitude is not None and not merged
             tensors = (dy, kept[i], low, p.lora_B, p.magnitude, p.norm, projected)
@@ -209,8 +209,10 @@ def _backward_form(projections: Sequence[Projection], num_tokens: int) -> Form:
     return widest.settings.form or choose_backward_form(*sizes, len(projections))
 
 
-def _formed(p: Projection, dtype: torch.dtype) -> Tensor:
-    return effective_weight(p.weight, p.lora_A, p.lora_B, p.magnitude, p.norm, p.settings.scale, dtype)
+def _formed(stack: Stack, i: int) -> Tensor:
+    p = stack.projections[i]
+    factors = (stack.lora_A(i), stack.lora_B(i)) if p.rank else (None, None)
+    return effective_weight(p.weight, *factors, p.magnitude, p.norm, p.settings.scale, stack.dtype)
 
 
 def _hidden(x: Tensor, stack: Stack, seed: Tensor | None, dropout: float) -> Tensor | None:

@@ -85,10 +85,10 @@ class Stack:
         start = sum([p.rank for p in self.projections[:i]])
         return stacked[start : start + self.projections[i].rank]
 
-    def lora_B(self, i: int) -> Tensor:  # noqa: N802
-        """Return B_i [out, r]."""
+    def lora_B(self, i: int) -> Tensor | None:  # noqa: N802
+        """Return B_i [out, r], if any."""
         lora_B = self._lora_B[i]
-        if lora_B is None:
+        if lora_B is None and self.projections[i].rank:
             lora_B = self.projections[i].lora_B.to(self.dtype)
             if self._keeps:
                 self._lora_B[i] = lora_B

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dora_core.adapters.kernels import weight_kernels
+from dora_core.adapters.kernels.dispatch import casts_factors
 from dora_core.adapters.kernels.launch import (
     MAX_KNOWN,
     NUM_PROGRAMS,
@@ -72,6 +73,8 @@ def _launch_row_norm(
 
 
 def _row_norm(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scale: float) -> Tensor:
+    if casts_factors(weight, lora_B):
+        lora_A, lora_B = lora_A.to(weight.dtype), lora_B.to(weight.dtype)
     return _launch_row_norm(weight, contiguous(lora_A), contiguous(lora_B), scale)[0]
 
 
