@@ -13,6 +13,9 @@ FLOPS_PER_US = 4.0e8
 GEMM_FLOPS_PER_US = 6.0e8
 """What a low-rank product by cuBLAS reaches."""
 
+WEIGHT_US = 1.2
+"""What a pass over a weight takes beyond that, because a small weight does not keep a large GPU busy."""
+
 
 def _pass_us(num_elements: int, rank: int, flops_per_us: float = FLOPS_PER_US) -> float:
     # two bytes are read and two written for each element, and it takes part in ``rank`` multiplications
@@ -26,7 +29,7 @@ def choose_form(num_tokens: int, in_features: int, out_features: int, rank: int)
     ``composed`` multiplies by W, then adds and scales: one pass over the output. x A^T is not counted, as the backward
     pass needs it in any case. The estimates are for two-byte elements.
     """
-    merged = _pass_us(in_features * out_features, rank)
+    merged = WEIGHT_US + _pass_us(in_features * out_features, rank)
     return "merged" if merged < _pass_us(num_tokens * out_features, rank) else "composed"
 
 
@@ -36,7 +39,7 @@ def choose_backward_form(num_tokens: int, in_features: int, out_features: int, r
     ``composed`` writes g dy while dy is read for other gradients: half a pass over the output's gradient. It then adds
     the low-rank parts of all ``num_layers`` layers that share x to dx in one product: a pass over the input's gradient.
     """
-    merged = num_layers * _pass_us(in_features * out_features, rank)
+    merged = num_layers * (WEIGHT_US + _pass_us(in_features * out_features, rank))
     composed = num_layers * _pass_us(num_tokens * out_features, 0) / 2
     composed += _pass_us(num_tokens * in_features, num_layers * rank, GEMM_FLOPS_PER_US)
     return "merged" if merged < composed else "composed"
