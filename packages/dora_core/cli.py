@@ -1,8 +1,9 @@
-"""The command ``dora``: list, show, prepare, train, evaluate, merge, demo. Thin: each verb imports what it needs."""
+"""The command ``dora``, whose verbs are below. Thin: each imports what it needs."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import sys
@@ -16,6 +17,7 @@ VERBS = {
     "train": "train in this process: dora train PIPELINE --config RECIPE [--section.field value ...]",
     "evaluate": "score a model: dora evaluate PIPELINE --config RECIPE [--adapter FOLDER] [--output FOLDER] ...",
     "merge": "merge an adapter into a plain model: dora merge PIPELINE --adapter FOLDER --output FOLDER [--base MODEL]",
+    "analyze": "how training changed magnitudes and directions: dora analyze BASE RUN_OR_ADAPTER ...",
     "demo": "the whole way on a tiny model: dora demo PIPELINE [--output FOLDER], or dora demo all",
 }
 
@@ -34,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dora_core.config import exit_with_message
 
     try:
-        {"list": _list, "show": _show}.get(parsed.verb, _pipeline_verb(parsed.verb))(parsed.arguments)
+        {"list": _list, "show": _show, "analyze": _analyze}.get(parsed.verb, _pipeline_verb(parsed.verb))(
+            parsed.arguments
+        )
     except (ValueError, OSError) as error:
         if os.environ.get("DORA_TRACEBACK"):
             raise
@@ -87,6 +91,10 @@ def _owner_of_recipe(recipe: str) -> str:
             f"Recipe {recipe!r} can be of {' or '.join(owners)}. Say which: dora show {owners[0]} {recipe}."
         )
     return owners[0]
+
+
+def _analyze(arguments: list[str]) -> None:
+    importlib.import_module("dora_core.analysis.command").main(arguments)
 
 
 def _pipeline_verb(verb: str) -> Callable[[list[str]], None]:

@@ -119,8 +119,14 @@ def plot_accuracies(
     figure.savefig(picture, dpi=120)
 
 
-def _figure(width: float = 7) -> tuple[Any, Any]:
+def subplots(num_rows: int, num_columns: int, width: float = 4, height: float = 3) -> tuple[Any, Any]:
+    """Return a figure and its axes [rows, columns], each of ``width`` by ``height`` inches."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    figure = Figure(figsize=(width, 4), layout="constrained")
-    return figure, figure.subplots()
+    figure = Figure(figsize=(width * num_columns, height * num_rows), layout="constrained")
+    return figure, figure.subplots(num_rows, num_columns, squeeze=False)
+
+
+def _figure(width: float = 7) -> tuple[Any, Any]:
+    figure, ((axes,),) = subplots(1, 1, width, 4)
+    return figure, axes
