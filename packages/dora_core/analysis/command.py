@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from dora_core.analysis.correlation import Correlation
 from dora_core.analysis.figures import draw_layers, draw_scatter, draw_steps
 from dora_core.analysis.points import Point, State, correlations, measure, states, write_csv
 from dora_core.analysis.weights import open_weights
@@ -16,7 +18,8 @@ from dora_core.config import require
 
 DESCRIPTION = """\
 A is the state before, usually the base model. Each other argument is a later state: the folder of a model, an adapter,
-a checkpoint (.../checkpoints/step-00000100), or a run, which means all of its checkpoints. NAME=PATH names a series.
+a checkpoint (.../checkpoints/step-00000100), or a run, which means all of its checkpoints. NAME=PATH names a method;
+given several times, as for runs with other seeds, its points are taken together.
 
     dora analyze base-model runs/my_run
     dora analyze base-model lora=runs/lora dora=runs/dora --weights "q_proj|v_proj" --output runs/analysis
@@ -63,7 +66,8 @@ def analyze(
     content = {
         "before": first.path,
         "after": [asdict(state) for state in later],
-        "correlations": [{"method": m, "role": r, **asdict(value)} for (m, r), value in found.items()],
+        "correlations": _records(found),
+        "correlations_within_steps": _records(correlations(points, within_steps=True)),
     }
     (output / "summary.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     draw_scatter(points, found, output / "scatter.png")
@@ -77,11 +81,15 @@ def analyze(
 
 def table(points: Sequence[Point]) -> str:
     """Return mean changes and their correlation by method and role, as text."""
-    lines = [f"{'':<28}{'weights':>8}{'mean ΔM':>12}{'mean ΔD':>12}   correlation [95 % interval]"]
+    lines = [f"{'':<28}{'points':>8}{'mean ΔM':>12}{'mean ΔD':>12}   {'correlation [95 %]':<24}within steps"]
+    within = correlations(points, within_steps=True)
     for (method, role), found in correlations(points).items():
         own = [point.change for point in points if (point.method, point.change.role) == (method, role)]
         means = [sum(getattr(change, key) for change in own) / len(own) for key in ("delta_m", "delta_d")]
-        lines.append(
-            f"{method + ' ' + role:<28}{len(own):>8}" + "".join(f"{mean:>12.3g}" for mean in means) + f"   {found}"
-        )
+        cells = "".join(f"{mean:>12.3g}" for mean in means)
+        lines.append(f"{method + ' ' + role:<28}{len(own):>8}{cells}   {found!s:<24}{within[method, role]}")
     return "\n".join(lines)
+
+
+def _records(found: Mapping[tuple[str, str], Correlation]) -> list[dict[str, Any]]:
+    return [{"method": method, "role": role, **asdict(value)} for (method, role), value in found.items()]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dora_core.analysis.correlation import Correlation
+from dora_core.analysis.decomposition import Change
 from dora_core.analysis.points import Point
 from dora_core.training.metrics import subplots
 
@@ -32,18 +33,22 @@ def draw_scatter(points: Sequence[Point], found: Mapping[tuple[str, str], Correl
 
 
 def draw_layers(points: Sequence[Point], picture: Path) -> None:
-    """Draw both changes of each layer at a method's last step, as bars, a row of panels for each role, as PNG."""
+    """Draw both changes of each layer at a method's last step, the mean over runs, a row of panels for each role."""
     roles, methods = ([*dict.fromkeys(values)] for values in zip(*((p.change.role, p.method) for p in points)))  # noqa: B905
     figure, panels = subplots(len(roles), 2, width=6, height=2.2)
     width = 0.8 / len(methods)
     for row, role in enumerate(roles):
         for place, method in enumerate(methods):
             own = [p for p in points if (p.method, p.change.role) == (method, role)]
-            last = [p.change for p in own if p.step == own[-1].step]
+            last: dict[str, list[Change]] = {}
+            for p in own:
+                if p.step == own[-1].step:
+                    last.setdefault(p.change.name, []).append(p.change)
             at = [index - 0.4 + (place + 0.5) * width for index in range(len(last))]
             for axes, key in zip(panels[row], ("delta_m", "delta_d"), strict=True):
-                axes.bar(at, [getattr(change, key) for change in last], width, label=method)
-                ticks = [str(change.layer) if change.layer is not None else "-" for change in last]
+                means = [sum(getattr(change, key) for change in changes) / len(changes) for changes in last.values()]
+                axes.bar(at, means, width, label=method)
+                ticks = ["-" if changes[0].layer is None else str(changes[0].layer) for changes in last.values()]
                 axes.set_xticks(range(len(last)), ticks, fontsize=6)
                 axes.set_title(f"{'ΔM' if key == 'delta_m' else 'ΔD'} of {role} by layer", fontsize=9)
     panels[0][0].legend(fontsize=7)

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from dora_core.adapters import AdapterConfig, apply_adapters, save_adapter
-from dora_core.analysis.points import states
+from dora_core.analysis.decomposition import Change
+from dora_core.analysis.points import Point, correlations, states
 from dora_core.cli import main as dora
 from dora_core.testing.tiny import tiny_llama
 
@@ -54,8 +55,23 @@ def test_a_run_is_the_series_of_its_checkpoints(run, tmp_path, capsys):
             assert float(row["delta_m"]) == pytest.approx(float(last[row["name"]]["delta_m"]), rel=1e-5)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert len(summary["after"]) == 5 and {c["method"] for c in summary["correlations"]} == {"dora", "exported"}
+    assert len(summary["correlations_within_steps"]) == len(summary["correlations"]) == 10
     for name in ("scatter", "layers", "steps"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(PNG)
+
+
+def point(run: str, step: int, layer: int, delta_d: float, delta_m: float) -> Point:
+    change = Change(f"layers.{layer}.q_proj.weight", layer, "q_proj", 2, 2, delta_m, delta_d, 1.0)
+    return Point("dora", run, step, change)
+
+
+def test_growth_over_steps_alone_is_no_correlation_within_steps():
+    opposite = [point(run, step, layer, step + layer / 10, step - layer / 10)
+                for run in "ab" for step in (1, 2, 3) for layer in range(4)]  # fmt: skip
+    (over_all,) = correlations(opposite).values()
+    (within,) = correlations(opposite, within_steps=True).values()
+    assert over_all.r > 0.95 and within.r == pytest.approx(-1)
+    assert over_all.num_points == 24 and over_all.num_groups == 8  # layers of each run
 
 
 def test_a_run_that_trains_everything(run, tmp_path, capsys):
@@ -71,7 +87,7 @@ def test_a_run_that_trains_everything(run, tmp_path, capsys):
 
 def test_what_an_argument_means(run, tmp_path):
     checkpoint = run / "dora" / "checkpoints" / "step-00000002"
-    assert [(s.method, s.step) for s in states(str(checkpoint))] == [("dora", 2)]
+    assert [(s.method, s.run, s.step) for s in states(str(checkpoint))] == [("dora", str(run / "dora"), 2)]
     assert [(s.method, s.step) for s in states(f"x={run / 'dora' / 'adapter'}")] == [("x", None)]
     assert [(s.method, s.step) for s in states(str(run / "dora" / "adapter"))] == [("dora", None)]
     shutil.copytree(run / "dora", tmp_path / "bare", ignore=shutil.ignore_patterns("checkpoints"))
