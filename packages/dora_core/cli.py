@@ -18,7 +18,7 @@ VERBS = {
     "sweep": "train and score a grid: dora sweep [PIPELINE] RECIPE --adapter.rank 4,8 --run.seed 0,1,2 ...",
     "evaluate": "score a model: dora evaluate PIPELINE --config RECIPE [--adapter FOLDER] [--output FOLDER] ...",
     "merge": "merge an adapter into a plain model: dora merge PIPELINE --adapter FOLDER --output FOLDER [--base MODEL]",
-    "analyze": "how training changed magnitudes and directions: dora analyze BASE RUN_OR_ADAPTER ...",
+    "analyze": "how training changed magnitudes and directions: dora analyze BASE RUN ... | --study PIPELINE",
     "demo": "the whole way on a tiny model: dora demo PIPELINE [--output FOLDER], or dora demo all",
 }
 
@@ -111,15 +111,18 @@ def _owner_of_recipe(verb: str, recipe: str) -> str:
 
 
 def _analyze(arguments: list[str]) -> None:
-    importlib.import_module("dora_core.analysis.command").main(arguments)
+    if arguments[:1] == ["--study"]:
+        _pipeline_verb("study", "analyze --study")(arguments[1:])
+    else:
+        importlib.import_module("dora_core.analysis.command").main(arguments)
 
 
-def _pipeline_verb(verb: str) -> Callable[[list[str]], None]:
+def _pipeline_verb(verb: str, words: str | None = None) -> Callable[[list[str]], None]:
     def run(arguments: list[str]) -> None:
         from dora_core.registry import PIPELINES
 
         if not arguments or arguments[0].startswith("-"):
-            raise ValueError(f"dora {verb} needs a pipeline first: one of {', '.join(PIPELINES.names())}.")
+            raise ValueError(f"dora {words or verb} needs a pipeline first: one of {', '.join(PIPELINES.names())}.")
         name, *rest = arguments
         if (verb, name) == ("demo", "all"):
             if rest:

@@ -17,3 +17,4 @@ class LLMPipeline:
     evaluate = verb("pipelines.llm.evaluate")
     merge = verb("pipelines.llm.merge")
     demo = verb("pipelines.llm.demo")
+    study = verb("pipelines.llm.study")
