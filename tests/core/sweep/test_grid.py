@@ -49,6 +49,13 @@ def test_every_combination_is_one_run_with_a_readable_name():
     assert (found.seeds, found.compared, found.drawn) == (("run.seed",), ("adapter.kind",), ("adapter.rank",))
 
 
+@pytest.mark.parametrize("name", PIPELINES.names())
+def test_the_tiny_recipe_of_every_pipeline_can_be_swept(name):
+    found = build_grid(PIPELINES.get(name), "tiny", ["--adapter.rank", "4,8"], Path("out"))
+    assert [point.name for point in found.points] == ["rank4", "rank8"]
+    assert all(point.config.evaluate.after_training for point in found.points)
+
+
 def test_names_do_not_depend_on_the_order_of_the_options_or_on_how_a_number_is_written():
     names = {point.name for point in grid("--train.lr", "1e-3,2e-3", "--adapter.rank", "4,8").points}
     assert names == {point.name for point in grid("--adapter.rank", "8,4", "--train.lr=0.002,0.001").points}
