@@ -14,7 +14,7 @@ from training_runs import iqr
 
 SLEEP_CYCLES_PER_S = 2.0e9
 """At least the clock of the GPU, so that it sleeps at least as long as asked."""
-MAX_QUEUED = 24
+MAX_QUEUED = 16
 """Calls of one loop: few enough that their launches fit into the GPU's queue behind a sleeping kernel."""
 
 
