@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ sys.path[:0] = [str(ROOT / "packages"), str(ROOT)]
 
 import torch
 
+from dora_core.training.launcher import launch, launch_command
 from dora_core.training.metrics import read_metrics
 
 TOTALS = {"num_images"}
@@ -34,19 +34,15 @@ def run_recipe(pipeline: str, recipe: str, overrides: Mapping[str, Any], output:
         "run.name": name,
         **overrides,
     }
-    command = [str(Path(sys.executable).with_name("deepspeed"))]
-    if not Path(command[0]).is_file():
-        command = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    command += ["--num_gpus", str(max(1, torch.cuda.device_count())), str(ROOT / "pipelines" / pipeline / "train.py")]
-    command += ["--config", recipe]
-    for key, value in settings.items():
-        command += [f"--{key}", str(value)]
+    arguments = ["--config", recipe, *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]
+    script = ROOT / "pipelines" / pipeline / "train.py"
+    command = launch_command(script, arguments, max(1, torch.cuda.device_count()))
     log = output / f"{name}.log"
-    with log.open("w") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+    log.unlink(missing_ok=True)
+    result = launch(command, log)
     metrics = output / name / "metrics.jsonl"
-    if code or not metrics.is_file():
-        return {"error": f"status {code}", "log": log.read_text()[-2000:]}
+    if result.status != "finished" or not metrics.is_file():
+        return {"error": f"status {result.exit_status}", "log": log.read_text()[-2000:]}
     rows = [row for row in read_metrics(metrics) if "loss" in row]
     for before, row in reversed(list(itertools.pairwise(rows))):
         for key in TOTALS & row.keys():  # as logged: since the run began

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
-import signal
-import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
-from typing import IO
 
 import torch
 
 from dora_core.config import ConfigError
-from dora_core.engine.distributed import free_port
 from dora_core.evaluation.results import Metric, read_results
-from dora_core.training.metrics import read_metrics
+from dora_core.training import launcher
 
 NUM_RANKS = 2
-PROGRESS = re.compile(r"\d+%\|.*\d+/\d+ ")
 
 
 def launch(script: Path, output: Path, name: str, arguments: list[str]) -> None:
@@ -29,61 +22,17 @@ def launch(script: Path, output: Path, name: str, arguments: list[str]) -> None:
 
     Prints the command and a line on the finished run. Stops the demo if the run fails.
     """
-    deepspeed = Path(sys.executable).with_name("deepspeed")
-    command = [
-        str(deepspeed),
-        "--num_gpus",
-        str(num_ranks()),
-        "--master_port",
-        str(free_port()),
-        str(script),
-        *arguments,
-    ]
-    command += ["--run.root", str(output), "--run.name", name, "--log.tensorboard", "false"]
-    shown = shlex.join(["deepspeed", *command[1:5], os.path.relpath(script)])
-    shown += " " + shlex.join(command[6:]).replace(" --", " \\\n    --")
+    arguments = [*arguments, "--run.root", str(output), "--run.name", name, "--log.tensorboard", "false"]
+    command = launcher.launch_command(script, arguments, num_ranks())
+    place = command.index(str(script))
+    shown = shlex.join(["deepspeed", *command[place - 4 : place], os.path.relpath(script)])
+    shown += " " + shlex.join(arguments).replace(" --", " \\\n    --")
     print(textwrap.indent(shown, "      $ ", lambda line: line.startswith("deepspeed")), flush=True)
-    started = time.perf_counter()
-    log = output / f"{name}.log"
-    with log.open("w", encoding="utf-8") as file:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.PIPE, env=environment, encoding="utf-8", errors="replace"
-        )
-        try:
-            show_progress(process.stderr, file)
-        except BaseException:
-            process.send_signal(signal.SIGTERM)
-            process.wait()
-            raise
-        code = process.wait()
-    if code or not (output / name / "metrics.jsonl").is_file():
-        print(log.read_text(encoding="utf-8")[-3000:], file=sys.stderr)
-        raise ConfigError(f"The run {name} ended with status {code}. Its log is {log}.")
-    print("      " + summary(output / name, time.perf_counter() - started), flush=True)
-
-
-def show_progress(stream: IO[str], log: IO[str]) -> None:
-    """Copy a run's standard error to its log; on a terminal, show the progress bar."""
-    on_screen = sys.stderr.isatty()
-    for line in stream:  # universal newlines: every state of the bar is a line
-        log.write(line)
-        log.flush()
-        if on_screen and PROGRESS.search(line):
-            print("\r      " + line.strip()[:110].ljust(110), end="", file=sys.stderr, flush=True)
-    if on_screen:
-        print("\r" + " " * 120 + "\r", end="", file=sys.stderr, flush=True)
-
-
-def summary(folder: Path, seconds: float) -> str:
-    """Return one line on a finished run."""
-    rows = read_metrics(folder / "metrics.jsonl")
-    losses = [row["loss"] for row in rows if "loss" in row]
-    text = f"{rows[-1]['step']} steps, training loss {losses[0]:.2f} -> {losses[-1]:.2f}"
-    if (folder / "results" / "after").is_dir():
-        *_, average = read_results(folder / "results" / "after")
-        text += f", {average.metric} {100 * average.value:.1f} %"
-    return f"{text}, {seconds:.0f} s"
+    result = launcher.launch(command, output / f"{name}.log", environment={"OMP_NUM_THREADS": "1"})
+    if result.status != "finished" or not (output / name / "metrics.jsonl").is_file():
+        print(result.log.read_text(encoding="utf-8")[-3000:], file=sys.stderr)
+        raise ConfigError(f"The run {name} ended with status {result.exit_status}. Its log is {result.log}.")
+    print("      " + launcher.summary(output / name, result.seconds), flush=True)
 
 
 def num_ranks() -> int:

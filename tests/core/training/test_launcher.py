@@ -1,0 +1,100 @@
+"""A launched script: its log, its end, and that nothing of it is left running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from dora_core.training.launcher import launch, launch_command
+
+CHAIN = """
+import pathlib, signal, subprocess, sys, time
+
+depth, folder, save_s = int(sys.argv[1]), pathlib.Path(sys.argv[2]), float(sys.argv[3])
+if depth:  # the launcher, and its child that starts the rank
+    sys.exit(subprocess.call([sys.executable, __file__, str(depth - 1), *sys.argv[2:]]))
+
+def save(*_):
+    time.sleep(save_s)
+    (folder / "saved").touch()
+    sys.exit(75)
+
+signal.signal(signal.SIGTERM, save)
+(folder / "ready").touch()
+print("5%|#   | 1/20 [00:01]", file=sys.stderr, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def chain(tmp_path):
+    """A command of three processes in a row, as the launcher's, whose last saves when it is told to stop."""
+    script = tmp_path / "chain.py"
+    script.write_text(CHAIN)
+    return lambda save_s: [sys.executable, str(script), "2", str(tmp_path), str(save_s)]
+
+
+def processes_of(folder: Path) -> list[int]:
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = file.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if str(folder) in words:
+            found.append(int(file.parent.name))
+    return found
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, "finished"), (1, "failed"), (75, "stopped")])
+def test_a_result_says_how_the_command_ended(tmp_path, code, status):
+    script = f"import os, sys; print('out', os.environ['EXTRA']); print('err', file=sys.stderr); sys.exit({code})"
+    for _ in range(2):
+        result = launch([sys.executable, "-c", script], tmp_path / "log", environment={"EXTRA": "7"})
+        assert (result.status, result.exit_status, result.timed_out) == (status, code, False)
+    assert 0 < result.seconds < 30
+    assert sorted(result.log.read_text().split("\n")) == ["", "err", "err", "out 7", "out 7"]  # added to, not replaced
+
+
+def test_at_the_time_limit_the_rank_saves_and_nothing_is_left_running(tmp_path, chain):
+    result = launch(chain(0.5), tmp_path / "log", time_limit_s=3)
+    assert result.timed_out and result.status == "timed out"
+    assert (tmp_path / "saved").exists()
+    assert not processes_of(tmp_path)
+    assert "1/20" in result.log.read_text()
+
+
+def test_a_rank_that_takes_too_long_to_save_is_killed(tmp_path, chain):
+    started = time.monotonic()
+    result = launch(chain(500), tmp_path / "log", time_limit_s=2, patience_s=1)
+    assert result.timed_out and time.monotonic() - started < 30
+    assert not (tmp_path / "saved").exists() and not processes_of(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_the_run_and_raises(tmp_path, chain, number):
+    def send_when_ready():
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    threading.Thread(target=send_when_ready, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        launch(chain(0.2), tmp_path / "log")
+    assert (tmp_path / "saved").exists() and not processes_of(tmp_path)
+    assert signal.getsignal(number) == before
+
+
+def test_the_command_names_the_script_its_ranks_and_the_visible_gpus(monkeypatch):
+    words = launch_command(Path("train.py"), ["--config", "tiny"], 2)
+    assert words[1:3] == ["--num_gpus", "2"] and words[-3:] == ["train.py", "--config", "tiny"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,0")
+    assert launch_command(Path("train.py"), [], 2)[1:3] == ["--include", "localhost:3,1"]
