@@ -6,11 +6,10 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from dora_core.evaluation.results import replace_file
-from dora_core.nightly.golden import find_golden, measure_distance, write_golden
+from dora_core.nightly.golden import find_golden, with_distance, write_golden
 from dora_core.nightly.history import History
 from dora_core.nightly.judge import judge_night
 from dora_core.nightly.measure import Measured, MeasurementError, measure_run
@@ -116,8 +115,7 @@ def _measure(
         measured = measure_run(night.run_folder(planned))
     except MeasurementError as error:
         return None, str(error)
-    distance = measure_distance(find_golden(history, night.name, planned, measured), measured)
-    measured = replace(measured, measurements=[*measured.measurements, *distance])
+    measured = with_distance(find_golden(history, night.name, planned, measured), measured)
     history.add_run(night.name, result.time, planned.pipeline, planned.entry.name, measured)
     return measured, None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dora_core.config import ConfigError
@@ -40,20 +40,19 @@ def find_golden(history: History, night: str, planned: Planned, measured: Measur
     return None
 
 
-def measure_distance(golden: Golden | None, measured: Measured) -> list[Measurement]:
-    """Return the distance to the golden curve; 0 without one: this run's will be it. None without common steps."""
+def with_distance(golden: Golden | None, measured: Measured) -> Measured:
+    """Return the run with its distance to the golden curve, if they have common steps; without a curve it is 0."""
     distance = curve_distance(measured.curve, golden.curve if golden else measured.curve)
     if distance is None:
-        return []
-    return [
-        Measurement(
-            metric="loss_distance",
-            value=distance,
-            n=len(measured.curve),
-            higher_is_better=False,
-            data_hash=measured.data_hash,
-        )
-    ]
+        return measured
+    one = Measurement(
+        metric="loss_distance",
+        value=distance,
+        n=len(measured.curve),
+        higher_is_better=False,
+        data_hash=measured.data_hash,
+    )
+    return replace(measured, measurements=[*measured.measurements, one], golden=golden.source if golden else "")
 
 
 def write_golden(folder: Path, planned: Planned, measured: Measured) -> None:

@@ -195,8 +195,8 @@ class History:
 
 
 def _pack(rows: Sequence[Any]) -> bytes:
-    return zlib.compress(json.dumps(rows, ensure_ascii=False).encode("utf-8", "surrogatepass"), 9)
+    return zlib.compress(json.dumps(rows, ensure_ascii=False).encode(), 9)
 
 
 def _unpack(packed: bytes) -> list[Any]:
-    return json.loads(zlib.decompress(packed).decode("utf-8", "surrogatepass"))
+    return json.loads(zlib.decompress(packed))

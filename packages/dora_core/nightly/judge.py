@@ -80,6 +80,8 @@ def limits_of(metric: str, band: Band | None, hardware: str) -> Limits:
 def _case(history: History, night: str, planned: Planned, measured: Measured, one: Measurement) -> _Case:
     key = (planned.pipeline, planned.entry.name, one.metric)
     limits = limits_of(one.metric, planned.entry.bands.get(one.metric), measured.hardware)
+    if one.metric == "loss_distance" and not measured.golden:
+        limits = replace(limits, expected=None)  # there is nothing that it is the distance to
     past = history.past(*key, measured.hardware, one.data_hash, night)
     usable = [each for each in past if each.verdict != RED or _at_pin(each, limits)]
     pairs: list[tuple[Outcome, Outcome]] = []
@@ -128,6 +130,8 @@ def _row(
             verdict, reason = "grey", f"not compared: the data are not those of night {reference.night}"
         else:
             reason = "no history: a new metric"
+    if one.metric == "loss_distance":
+        reason += f"; golden curve: {measured.golden or 'none but this one'}"
     severity = 0.0
     if comparison.reference is not None and math.isfinite(comparison.value):
         scale = comparison.band or comparison.floor or abs(comparison.reference) or 1.0

@@ -72,6 +72,8 @@ class Measured:
     curve: list[tuple[int, float]]
     """Logged optimizer steps and their training losses per target token."""
     measurements: list[Measurement]
+    golden: str = ""
+    """Where the curve is from that ``loss_distance`` was measured to; empty if there is none but this run's."""
 
 
 def measure_run(folder: Path) -> Measured:

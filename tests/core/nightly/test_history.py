@@ -66,7 +66,7 @@ def test_a_run_added_again_takes_the_place_of_the_first(history, measured, measu
 
 def test_examples_come_back_as_they_went_in(history, measured, measurement):
     one = measurement(outcomes=[1, 0, 1])
-    odd = replace(one.outcomes[0], question="half a pair \ud83d, <b>, 雪")
+    odd = replace(one.outcomes[0], question="\x00, <b>, 雪")
     one = replace(one, outcomes=[odd, *one.outcomes[1:]])
     add(history, measured(one), "2026-01-01")
     assert history.outcomes("2026-01-01", "toy", "tiny", one.metric) == one.outcomes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dora_core.nightly.golden import find_golden, measure_distance, write_golden
+from dora_core.nightly.golden import Golden, find_golden, with_distance, write_golden
 from dora_core.nightly.judge import judge_night
 from dora_core.nightly.plan import Band
 
@@ -128,7 +128,8 @@ def test_rows_come_worst_first_and_broken_entries_before_all(history, planned, m
 def test_the_golden_curve_is_the_oldest_good_one_unless_one_is_pinned(judge, history, planned, measured, tmp_path):
     first, entry = measured(), planned()
     assert find_golden(history, "x", entry, first) is None
-    assert measure_distance(None, first)[0].value == 0
+    assert with_distance(None, first).measurements[0].value == 0
+    assert with_distance(Golden(source="", curve=[(9, 1.0)]), first).measurements == []
     judge(entry, first)
     judge(entry, measured(curve=[(1, 2.02), (2, 1.5), (3, 1.0)]))
     golden = find_golden(history, "x", entry, first)
