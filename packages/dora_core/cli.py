@@ -15,6 +15,7 @@ VERBS = {
     "show": "a recipe with its base and defaults filled in: dora show [PIPELINE] RECIPE [--section.field value]",
     "prepare": "write what the tiny recipe needs, made up and small: dora prepare PIPELINE FOLDER",
     "train": "train in this process: dora train PIPELINE --config RECIPE [--section.field value ...]",
+    "sweep": "train and score a grid: dora sweep [PIPELINE] RECIPE --adapter.rank 4,8 --run.seed 0,1,2 ...",
     "evaluate": "score a model: dora evaluate PIPELINE --config RECIPE [--adapter FOLDER] [--output FOLDER] ...",
     "merge": "merge an adapter into a plain model: dora merge PIPELINE --adapter FOLDER --output FOLDER [--base MODEL]",
     "analyze": "how training changed magnitudes and directions: dora analyze BASE RUN_OR_ADAPTER ...",
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dora_core.config import exit_with_message
 
     try:
-        own = {"list": _list, "show": _show, "analyze": _analyze, "nightly": _nightly}
+        own = {"list": _list, "show": _show, "sweep": _sweep, "analyze": _analyze, "nightly": _nightly}
         own.get(parsed.verb, _pipeline_verb(parsed.verb))(parsed.arguments)
     except (ValueError, OSError) as error:
         if os.environ.get("DORA_TRACEBACK"):
@@ -62,17 +63,34 @@ def _show(arguments: list[str]) -> None:
     from dora_core.config import dump_config, load_config
     from dora_core.registry import PIPELINES
 
+    owner, recipe, overrides = _split_recipe("show", arguments)
+    pipeline = PIPELINES.get(owner)
+    print(dump_config(load_config(pipeline.config, recipe, overrides, recipes=pipeline.recipes)), end="")
+
+
+def _sweep(arguments: list[str]) -> None:
+    from dora_core.registry import verb
+
+    if not {"-h", "--help"} & set(arguments):
+        owner, recipe, rest = _split_recipe("sweep", arguments)
+        arguments = [owner, recipe, *rest]
+    verb("dora_core.sweep.command")(arguments)
+
+
+def _split_recipe(verb: str, arguments: Sequence[str]) -> tuple[str, str, list[str]]:
+    """Split ``[PIPELINE] RECIPE ...`` into the pipeline's name, the recipe and the rest."""
+    from dora_core.registry import PIPELINES
+
     words, owner = list(arguments), None
     if len(words) > 1 and words[0] in PIPELINES.names() and not words[1].startswith("--"):
         owner = words.pop(0)
     if not words or words[0].startswith("--"):
-        raise ValueError("dora show needs a recipe: a name from `dora list`, or the path of a YAML file.")
-    recipe, *overrides = words
-    pipeline = PIPELINES.get(owner or _owner_of_recipe(recipe))
-    print(dump_config(load_config(pipeline.config, recipe, overrides, recipes=pipeline.recipes)), end="")
+        raise ValueError(f"dora {verb} needs a recipe: a name from `dora list`, or the path of a YAML file.")
+    recipe, *rest = words
+    return owner or _owner_of_recipe(verb, recipe), recipe, rest
 
 
-def _owner_of_recipe(recipe: str) -> str:
+def _owner_of_recipe(verb: str, recipe: str) -> str:
     """Return the one pipeline that a recipe, given by name or by path, can belong to."""
     from dora_core.registry import PIPELINES, unknown_name
 
@@ -88,7 +106,7 @@ def _owner_of_recipe(recipe: str) -> str:
         raise unknown_name("recipe", recipe, sorted(known), " Give one of these names or the path of a YAML file.")
     if len(owners) > 1:
         raise ValueError(
-            f"Recipe {recipe!r} can be of {' or '.join(owners)}. Say which: dora show {owners[0]} {recipe}."
+            f"Recipe {recipe!r} can be of {' or '.join(owners)}. Say which: dora {verb} {owners[0]} {recipe}."
         )
     return owners[0]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dora_core.sections import ConfigError
@@ -17,6 +17,18 @@ def merge_overrides(raw: dict[str, Any], overrides: Sequence[str], cls: Any = No
     Values are YAML; where the field of ``cls`` takes text, what YAML would read as a number, a boolean or a date stays
     the text that was typed.
     """
+    for key, text in override_pairs(overrides):
+        node = raw
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"--{key}: {parent} is a value, not a section.")
+        node[last] = _typed_value(key, text, _takes_text(cls, key.split(".")))
+
+
+def override_pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the key and the typed value of each override."""
     words = list(overrides)
     while words:
         word = words.pop(0)
@@ -29,13 +41,7 @@ def merge_overrides(raw: dict[str, Any], overrides: Sequence[str], cls: Any = No
             if not words or words[0].startswith("--"):
                 raise ConfigError(f"--{key} has no value. Write --{key} VALUE, or --{key}=VALUE.")
             text = words.pop(0)
-        node = raw
-        *parents, last = key.split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"--{key}: {parent} is a value, not a section.")
-        node[last] = _typed_value(key, text, _takes_text(cls, key.split(".")))
+        yield key, text
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TextIO
 
 from dora_core.config import ConfigError
 from dora_core.evaluation.results import replace_file
 from dora_core.nightly.plan import Planned
+from dora_core.training.folder import lock_folder
 from dora_core.training.launcher import launch, launch_command
 
 SETUP_LIMIT_S = 1800.0
@@ -50,7 +50,7 @@ class Night:
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder.resolve()
-        self._lock = _lock(self.folder / "night.lock")
+        self._lock = lock_folder(self.folder, "give another --output")
         path = self.folder / "night.json"
         if path.is_file():
             self._state = json.loads(path.read_text(encoding="utf-8"))
@@ -181,13 +181,3 @@ def _wait_for(run: Path, limit_s: float) -> None:
                         f"{run} has been in use by another process for {limit_s:g} s. End it, then go on."
                     ) from None
             time.sleep(0.5)
-
-
-def _lock(path: Path) -> TextIO:
-    lock = path.open("a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise ConfigError(f"{path.parent} is in use by another night. Wait for it, or give another --output.") from None
-    return lock

@@ -29,7 +29,7 @@ def open_run_folder(
 
     def open_it() -> tuple[MetricLog, TextIO]:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder)
+        lock = lock_folder(folder, "set another run.name")
         _prepare(config, folder, checkpoints, say)
         environment = json.dumps(describe_environment(world.size), indent=2)
         (folder / "environment.json").write_text(environment + "\n", encoding="utf-8")
@@ -46,12 +46,16 @@ def open_run_folder(
     return opened or (None, None)
 
 
-def _lock(folder: Path) -> TextIO:
+def lock_folder(folder: Path, instead: str) -> TextIO:
+    """Keep other processes out of a folder until the returned file is closed or this process ends.
+
+    Raises ``ConfigError`` if it is in use, with what to do ``instead`` of waiting.
+    """
     lock = (folder / "run.lock").open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise ConfigError(f"{folder} is in use by another process. Wait for it, or set another run.name.") from None
+        raise ConfigError(f"{folder} is in use by another process. Wait for it, or {instead}.") from None
     return lock
 
 

@@ -119,6 +119,36 @@ def plot_accuracies(
     figure.savefig(picture, dpi=120)
 
 
+def plot_curves(
+    curves: dict[str, list[tuple[Any, float, float]]],
+    names: tuple[str, str, str],
+    picture: Path,
+    chance: float | None = None,
+) -> None:
+    """Draw one line per entry of ``curves``, each a list of x, y and y's error bar (0 for none), as PNG.
+
+    ``names`` are those of the axes and the title. Positive numbers of x that span a factor of two or more have a
+    logarithmic axis, to base 2 for integers such as ranks; text makes an axis of categories. ``chance`` is a level
+    in the unit of y.
+    """
+    figure, axes = _figure()
+    is_text = any(isinstance(x, str) for points in curves.values() for x, _, _ in points)
+    for label, points in curves.items():
+        x, y, error = zip(*(points if is_text else sorted(points)), strict=True)
+        axes.errorbar(x, y, yerr=error if any(error) else None, marker="o", markersize=4, capsize=3, label=label)
+    if chance is not None:
+        axes.axhline(chance, color="k", linestyle="--", linewidth=1, label="chance")
+    if not is_text:
+        places = sorted({x for points in curves.values() for x, _, _ in points})
+        if places[0] > 0 and places[-1] >= 2 * places[0]:
+            axes.set_xscale("log", base=2 if all(isinstance(x, int) for x in places) else 10)
+        axes.set_xticks(places, [f"{x:g}" for x in places])
+        axes.minorticks_off()
+    axes.set(xlabel=names[0], ylabel=names[1], title=names[2])
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+
+
 def subplots(num_rows: int, num_columns: int, width: float = 4, height: float = 3) -> tuple[Any, Any]:
     """Return a figure and its axes [rows, columns], each of ``width`` by ``height`` inches."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state

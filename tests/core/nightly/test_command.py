@@ -158,7 +158,7 @@ def test_entries_left_out_are_grey(site):
 def test_two_nights_do_not_share_a_folder(site, capsys):
     first = night.Night(site.folder / "n1", None)
     assert site.night("n1") == 2
-    assert "in use by another night" in capsys.readouterr().err
+    assert "in use by another process. Wait for it, or give another --output" in capsys.readouterr().err
     first.close()
     assert site.night("n1") == 0
 
