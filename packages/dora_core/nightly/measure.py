@@ -19,7 +19,11 @@ from dora_core.training.metrics import read_metrics
 
 OUTCOME_FIELDS = ("correct", "score")
 """Fields of a prediction that may be its part of a mean."""
-TEXT_FIELDS = (("instruction", "prompt", "question", "source"), ("answer", "answers", "targets"), ("pred", "text"))
+TEXT_FIELDS = (
+    ("instruction", "prompt", "question", "source"),
+    ("answer", "answers", "targets"),
+    ("output_pred", "text", "pred"),
+)
 """What shows an example: the question, the right answer and the given one, each the first field that is there."""
 MAX_TEXT = 300
 NOT_COMPARED = {"run": {"name", "root", "resume"}}

@@ -36,7 +36,8 @@ pre { margin: 6px 0; padding: 8px; background: var(--paper); border-radius: 6px;
   font-size: .82rem; }
 summary { cursor: pointer; color: var(--blue); font-size: .9rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .84rem; width: 100%; min-width: 480px; }
-th, td { text-align: left; vertical-align: top; padding: 4px 8px; border-top: 1px solid var(--line); }
+th, td { text-align: left; overflow-wrap: break-word; max-width: 26em; vertical-align: top;
+  padding: 4px 8px; border-top: 1px solid var(--line); }
 svg { width: 100%; max-width: 320px; height: auto; } svg text { font: 10px system-ui, sans-serif; fill: var(--soft); }
 svg polyline { fill: none; stroke: var(--blue); stroke-width: 1.5; } svg .band { fill: var(--blue); opacity: .12; }
 svg .reference { stroke: var(--soft); stroke-dasharray: 4 3; } svg circle { fill: var(--grey); }

@@ -22,7 +22,7 @@ class Band:
     expected: dict[str, float] = field(default_factory=dict)
     """Hardware, as the report names it, to the pinned value that takes the place of the median of recent nights."""
     floor: float | None = None
-    """In the metric's unit."""
+    """In the metric's unit. What a paired test finds must be larger too."""
     relative_floor: float | None = None
     """As a share of the reference; the larger of the two floors counts."""
     k: float | None = None

@@ -35,7 +35,7 @@ entries:
       train.max_steps: 12
       train.log_every: 1
       train.lr: {lr}
-      train.magnitude_lr: 0.02
+      train.magnitude_lr: 0.05
       train.save_every: 12
       evaluate.path: data/world
       evaluate.tasks: [boolq, piqa, arc_easy]
