@@ -14,7 +14,9 @@ from dora_core.nightly.rows import DATA, Row
 
 
 def differences(reference: PastRun, measured: Measured) -> Iterator[str]:
-    """Yield what differs between the reference run and this one: settings by key, and versions."""
+    """Yield what differs between the reference run and this one: the commit, settings by key, and versions."""
+    if reference.commit != measured.commit:
+        yield f"commit: {reference.commit} -> {measured.commit}"
     before, now = _flat(reference.config), _flat(measured.config)
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):

@@ -87,8 +87,8 @@ def compare(
 ) -> Comparison:
     """Return the comparison of a value with its earlier values, newest last, or with the pinned one.
 
-    ``pairs`` are the examples' outcomes, before and now; with them and without a pin the test decides, and the
-    reference is the paired night's own mean.
+    ``pairs`` are the examples' outcomes, before and now. With them the test decides and the reference is the paired
+    night's own mean, unless the value is outside the band around its pin.
     """
     recent = list(references)[-NUM_REFERENCES:]
     known = [each for each in list(reference_stderrs)[-NUM_REFERENCES:] if each is not None]
@@ -148,7 +148,10 @@ def decide(comparison: Comparison, p_worse: float | None, p_better: float | None
 def mcnemar(num_first: int, num_second: int) -> float:
     """Return the exact one-sided p-value P(X >= num_first), X ~ Binomial(num_first + num_second, 1/2)."""
     total = num_first + num_second
-    tail = sum(math.comb(total, count) for count in range(num_first, total + 1))
+    tail, term = 0, math.comb(total, num_first)
+    for count in range(num_first, total + 1):  # from each binomial coefficient to the next: exact, and soon done
+        tail += term
+        term = term * (total - count) // (count + 1)
     return float(Fraction(tail, 2**total))
 
 

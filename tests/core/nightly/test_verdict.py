@@ -35,6 +35,7 @@ def test_mcnemar_agrees_with_counting_all_signs():
 
 def test_mcnemar_of_many_discordant_examples_does_not_overflow():
     assert 0 < mcnemar(3000, 2500) < 1e-9
+    assert mcnemar(10_000, 10_000) == pytest.approx(0.5, abs=0.01)
 
 
 def test_holm_by_hand():
