@@ -19,6 +19,7 @@ VERBS = {
     "evaluate": "score a model: dora evaluate PIPELINE --config RECIPE [--adapter FOLDER] [--output FOLDER] ...",
     "merge": "merge an adapter into a plain model: dora merge PIPELINE --adapter FOLDER --output FOLDER [--base MODEL]",
     "analyze": "how training changed magnitudes and directions: dora analyze BASE RUN ... | --study PIPELINE",
+    "nightly": "the regression evaluation: dora nightly [--only PIPELINE[/ENTRY]] [--output FOLDER] [--propose] ...",
     "demo": "the whole way on a tiny model: dora demo PIPELINE [--output FOLDER], or dora demo all",
 }
 
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dora_core.config import exit_with_message
 
     try:
-        own = {"list": _list, "show": _show, "sweep": _sweep, "analyze": _analyze}
+        own = {"list": _list, "show": _show, "sweep": _sweep, "analyze": _analyze, "nightly": _nightly}
         own.get(parsed.verb, _pipeline_verb(parsed.verb))(parsed.arguments)
     except (ValueError, OSError) as error:
         if os.environ.get("DORA_TRACEBACK"):
@@ -115,6 +116,10 @@ def _analyze(arguments: list[str]) -> None:
         _pipeline_verb("study", "analyze --study")(arguments[1:])
     else:
         importlib.import_module("dora_core.analysis.command").main(arguments)
+
+
+def _nightly(arguments: list[str]) -> None:
+    importlib.import_module("dora_core.nightly.command").main(arguments)
 
 
 def _pipeline_verb(verb: str, words: str | None = None) -> Callable[[list[str]], None]:

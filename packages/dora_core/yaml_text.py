@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,30 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds a {type(raw).__name__}; a recipe is a mapping of sections.")
     return {key: value for key, value in raw.items() if value is not None}  # an empty section
+
+
+def edit_yaml(text: str, edits: Iterable[tuple[Sequence[str | int], Any]]) -> str:
+    """Return a YAML document with values set at paths, comments and order kept; mappings on the way are made.
+
+    A list is added to the one at its path. Lists inside of mappings are taken to be indented by two.
+    """
+    from ruamel.yaml import YAML
+
+    yaml = YAML(typ="rt", pure=True)
+    yaml.preserve_quotes = True
+    yaml.width = 1 << 30
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    document = yaml.load(text)
+    for (*parents, last), value in edits:
+        node = document
+        for key in parents:
+            if isinstance(node, dict) and node.get(key) is None:
+                node[key] = {}
+            node = node[key]
+        node[last] = [*(node.get(last) or []), *value] if isinstance(value, list) else value
+    buffer = io.StringIO()
+    yaml.dump(document, buffer)
+    return buffer.getvalue()
 
 
 def yaml_problem(error: Exception) -> str:

@@ -145,6 +145,10 @@ class CheckpointStore:
             _load_random_state(own)
         return Progress(**state["progress"])
 
+    def facts(self, step: int) -> dict[str, Any]:
+        """Return the ``facts`` that the checkpoint of a step was saved with."""
+        return json.loads((self.path(step) / "state.json").read_text(encoding="utf-8"))["facts"]
+
     def weights(self, step: int) -> dict[str, Tensor]:
         """Return the trained weights of a step, by name."""
         return load_file(self.path(step) / "weights.safetensors")

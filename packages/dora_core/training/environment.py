@@ -7,6 +7,7 @@ import platform
 import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,8 +41,16 @@ def describe_environment(world_size: int) -> dict[str, Any]:
         "commit": commit_hash(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "hardware": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "hardware": torch.cuda.get_device_name() if cuda else _processor(),
         "num_cpus": os.cpu_count(),
         "world_size": world_size,
         "versions": versions,
     }
+
+
+def _processor() -> str:
+    """Return the processor's model where the system tells it, else its kind."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names and names[0] else platform.processor() or platform.machine()
