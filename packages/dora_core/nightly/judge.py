@@ -11,7 +11,7 @@ from dora_core.nightly.measure import Measured, Measurement, Outcome
 from dora_core.nightly.plan import Band, Planned
 from dora_core.nightly.presence import absent_rows, check_data, differences
 from dora_core.nightly.rows import ORDER, RUN, Flip, Row
-from dora_core.nightly.verdict import DEFAULTS, UNITS, Comparison, Limits, compare, decide, holm
+from dora_core.nightly.verdict import DEFAULTS, UNITS, WITHOUT_STDERR, Comparison, Limits, compare, decide, holm
 
 
 @dataclass
@@ -67,9 +67,9 @@ def judge_night(
     return sorted(rows, key=lambda row: (ORDER.index(row.verdict), -row.severity, row.planned.name, row.metric))
 
 
-def limits_of(metric: str, band: Band | None, hardware: str) -> Limits:
+def limits_of(one: Measurement, band: Band | None, hardware: str) -> Limits:
     """Return a metric's default limits with what ``nightly.yaml`` says in their place."""
-    limits = DEFAULTS.get(metric, Limits())
+    limits = DEFAULTS.get(one.metric, WITHOUT_STDERR if one.stderr is None and not one.outcomes else Limits())
     if band is None:
         return limits
     given = {name: getattr(band, name) for name in ("floor", "relative_floor", "k")}
@@ -79,7 +79,7 @@ def limits_of(metric: str, band: Band | None, hardware: str) -> Limits:
 
 def _case(history: History, night: str, planned: Planned, measured: Measured, one: Measurement) -> _Case:
     key = (planned.pipeline, planned.entry.name, one.metric)
-    limits = limits_of(one.metric, planned.entry.bands.get(one.metric), measured.hardware)
+    limits = limits_of(one, planned.entry.bands.get(one.metric), measured.hardware)
     if one.metric == "loss_distance" and not measured.golden:
         limits = replace(limits, expected=None)  # there is nothing that it is the distance to
     past = history.past(*key, measured.hardware, one.data_hash, night)

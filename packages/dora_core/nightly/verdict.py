@@ -44,6 +44,8 @@ DEFAULTS = {
     "exported_values": Limits(k=0.0),
 }
 """Bands of metrics that are no scores; a score's is k standard errors."""
+WITHOUT_STDERR = Limits(relative_floor=0.1)
+"""The band of a score that has no standard error, such as BLEU."""
 UNITS = {
     "loss_distance": "root mean square difference of log losses",
     "tokens_per_s": "tokens/s",

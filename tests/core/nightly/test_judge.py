@@ -75,6 +75,13 @@ def test_a_missing_metric_is_red_until_it_is_retired(judge, planned, measured, m
     assert "toy/other:f1" not in judge(planned(retired=["toy/other:f1"]), gone)
 
 
+def test_a_score_without_a_standard_error_has_a_tenth_to_move_in(judge, planned, measured, measurement):
+    bleu = {"metric": "toy/caption:bleu4"}
+    judge(planned(), measured(measurement(0.5, **bleu)))
+    assert judge(planned(), measured(measurement(0.46, **bleu)))["toy/caption:bleu4"].verdict == "green"
+    assert judge(planned(), measured(measurement(0.4, **bleu)))["toy/caption:bleu4"].verdict == "red"
+
+
 def test_a_band_of_what_is_not_measured_is_grey(judge, planned, measured, measurement):
     rows = judge(planned(bands={"peak_gib": Band()}), measured(measurement(outcomes=GOOD)))
     assert rows["peak_gib"].verdict == "grey"
