@@ -132,8 +132,12 @@ def _pipeline_verb(verb: str, words: str | None = None) -> Callable[[list[str]],
         if (verb, name) == ("demo", "all"):
             if rest:
                 raise ValueError("dora demo all takes no further arguments. Run one pipeline's demo to give it some.")
+            without = [each for each in PIPELINES.names() if not hasattr(PIPELINES.get(each), verb)]
+            if without:
+                print(f"without a demo: {', '.join(without)}")
             for each in PIPELINES.names():
-                _action(each, verb)([])
+                if each not in without:
+                    _action(each, verb)([])
         else:
             _action(name, verb)(rest)
 

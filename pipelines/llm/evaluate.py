@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dora_core.adapters import load_adapter, reuse_norms
-from dora_core.config import load_config, split_arguments
-from dora_core.engine.build import narrow_forward
+from dora_core.adapters import reuse_norms
+from dora_core.engine.build import ready_to_answer
 from dora_core.engine.distributed import World
-from dora_core.evaluation.evaluator import EvaluationContext
-from dora_core.evaluation.results import Metric, average_metric, config_hash, format_table
-from dora_core.evaluation.runner import place_among_ranks, run_evaluators
-from dora_core.registry import EVALUATORS
-from dora_core.training.script import run_script
+from dora_core.evaluation.results import Metric, average_metric
+from dora_core.evaluation.runner import score_tasks
+from dora_core.training.script import run_evaluation
 from pipelines.llm.config import RECIPES, EvaluateSection, LLMConfig
 from pipelines.llm.model import load_model, load_tokenizer
 
@@ -30,38 +26,23 @@ def evaluate_model(
     folder: Path,
     *,
     synced: bool = False,
-    world_rank: int | None = None,
-    world_size: int | None = None,
 ) -> list[Metric]:
     """Return one accuracy per task of ``section``, then ``llm/average``, their unweighted mean.
 
-    Every rank must call it; every rank gets the same metrics. Rank 0 writes ``results.json`` and
-    ``predictions.jsonl`` into ``folder`` and prints the table. ``model`` is the model itself, not an engine around it;
-    it comes back in the mode, training or evaluation, in which it was given. Set ``synced`` under ZeRO-3. Rank and
-    number of ranks are those of torch.distributed if not given.
-
-    Raises ``ValueError`` for no tasks, an unknown task (with close matches) or missing data, before the first
-    forward pass.
+    ``score_tasks`` says more. Set ``synced`` under ZeRO-3.
     """
-    if not section.tasks:
-        raise ValueError("evaluate.tasks is []; it must name at least one task. Add one, such as boolq.")
-    evaluators = [EVALUATORS.get(f"llm/{task}") for task in section.tasks]
-    rank, size = place_among_ranks(world_rank, world_size)
-    context = EvaluationContext(
-        model=model,
-        tokenizer=tokenizer,
-        section=section,
+    return score_tasks(
+        "llm",
+        model,
+        tokenizer,
+        section,
+        folder,
+        scoring_settings(section, template),
         extra={"template": template},
-        config_hash=config_hash(scoring_settings(section, template)),
-        rank=rank,
-        world_size=size,
+        summarize=average,
         synced=synced,
         device=_partitioned_device() if synced else None,
     )
-    metrics = run_evaluators(evaluators, context, folder, summarize=average)
-    if rank == 0:
-        print(format_table(metrics), flush=True)
-    return metrics
 
 
 def scoring_settings(section: EvaluateSection, template: str) -> dict[str, Any]:
@@ -85,28 +66,14 @@ def _partitioned_device() -> torch.device | None:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
+def evaluate(cfg: LLMConfig, world: World, adapter: Path | None, output: Path) -> None:
+    """Score ``model.path``, with an adapter if one is given."""
+    model = load_model(cfg.model, cfg.train.precision)
+    model = ready_to_answer(model, adapter, cfg.train.precision, world.device)
+    with reuse_norms(model):
+        evaluate_model(model, load_tokenizer(cfg.model), cfg.evaluate, cfg.data.template, output)
+
+
 def main(arguments: Sequence[str]) -> None:
-    """Score ``model.path``, with the adapter of ``--adapter`` unmerged if given, into ``--output``.
-
-    Started by a launcher on several ranks, each holds the model and scores its share of the rows.
-    """
-    parser = argparse.ArgumentParser(prog="dora evaluate llm", allow_abbrev=False)
-    parser.add_argument("--adapter", type=Path, help="folder of an adapter in PEFT's layout")
-    parser.add_argument(
-        "--output", type=Path, default=Path("results"), help="folder for results.json, predictions.jsonl"
-    )
-    own, rest = parser.parse_known_args(arguments)
-    recipe, overrides = split_arguments(rest)
-
-    def run() -> None:
-        cfg = load_config(LLMConfig, recipe, overrides, recipes=RECIPES)
-        world = World.start(cfg.deepspeed.timeout_s)
-        model = load_model(cfg.model, cfg.train.precision)
-        if own.adapter is not None:
-            load_adapter(model, own.adapter)
-            narrow_forward(model, cfg.train.precision, world.device.type)
-        model = model.to(world.device).eval()
-        with reuse_norms(model):
-            evaluate_model(model, load_tokenizer(cfg.model), cfg.evaluate, cfg.data.template, own.output)
-
-    run_script(run)
+    """Read the command line and score."""
+    run_evaluation("llm", LLMConfig, RECIPES, evaluate, arguments)

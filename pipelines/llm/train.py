@@ -17,22 +17,17 @@ if __package__ in (None, ""):  # run as a file: import from this checkout, never
 import torch
 
 from dora_core.adapters import AdapterReport, apply_adapters, reuse_norms, save_adapter
-from dora_core.data.collate import (
-    Batch,
-    num_targets,
-    num_tokens,
-)
+from dora_core.data.collate import Batch, num_targets, num_tokens
 from dora_core.data.loader import StepLoader
-from dora_core.data.sampler import StepPlan
 from dora_core.engine.build import Engine, build_engine, recipe_groups
 from dora_core.engine.export import save_model
 from dora_core.engine.liger import use_liger
-from dora_core.engine.state import restore_weights
 from dora_core.engine.zero import resolve_zero
 from dora_core.training.metrics import plot_accuracies
 from dora_core.training.progress import Progress
 from dora_core.training.run import Run
 from dora_core.training.script import run_training
+from dora_core.training.validation import sum_over_rows
 from pipelines.llm.batches import make_collate, make_items, move
 from pipelines.llm.config import RECIPES, LLMConfig
 from pipelines.llm.data import load_training_data
@@ -56,15 +51,8 @@ def train(cfg: LLMConfig) -> None:
         run.say(run.world.agree(lambda: use_liger(model, cfg.train, run.world.device)))
         engine = build_engine(model, recipe_groups(model, cfg.train), cfg.train, zero, run.world)
 
-        plan = StepPlan(
-            num_rows=len(items),
-            global_batch_size=cfg.train.global_batch_size,
-            micro_batch_size=cfg.train.micro_batch_size,
-            seed=cfg.run.seed,
-            world_size=run.world.size,
-            rank=run.world.rank,
-            lengths=[len(row.input_ids) for row in rows] if cfg.data.group_by_length and not cfg.data.packing else None,
-        )
+        by_length = cfg.data.group_by_length and not cfg.data.packing
+        plan = run.plan(len(items), lengths=[len(row.input_ids) for row in rows] if by_length else None)
         num_steps = plan.num_steps(cfg.train.num_epochs, cfg.train.max_steps)
         progress = run.resume(engine, num_steps, f"{data_report.dataset_hash}, {len(items)} items")
         collate = make_collate(cfg.data, tokenizer.pad_token_id, cfg.model.attention)
@@ -103,44 +91,26 @@ def train(cfg: LLMConfig) -> None:
                     loss = validation_loss(engine, validation, collate, cfg.train.micro_batch_size)
                     progress.note_validation(loss)
                     run.log(progress, validation_loss=loss)
-                is_best = cfg.train.keep_best and progress.step == progress.best_step
-                if progress.due(cfg.train.save_every, num_steps) or is_best:
-                    run.save(engine, progress)
-                if stop:
-                    run.leave_stopped(engine, progress)
+                run.save_when_due(engine, progress, num_steps, stop)
 
         export(run, engine, tokenizer, cfg, progress, report)
         if cfg.evaluate.after_training:
             score(run, engine, tokenizer, cfg, "after")
 
 
-@torch.no_grad()
 def validation_loss(engine: Engine, items: list, collate: Callable[[list], Batch], batch_size: int) -> float:
-    """Return the mean loss per target token over the validation rows or packs, which are split over the ranks.
+    """Return the mean loss per target token over the validation rows or packs. Every rank must call it."""
 
-    Every rank runs the same number of forward passes, with empty batches where it has nothing left.
-    """
-    world = engine.world
-    own = items[world.rank :: world.size]
-    longest = -(-len(items) // world.size)
-    totals = [0.0, 0.0]
-    with engine.evaluating():
-        for start in range(0, longest, batch_size):
-            batch = collate(own[start : start + batch_size])
-            totals[0] += float(next_token_loss(engine, move(batch, world.device)))
-            totals[1] += num_targets(batch)
-    loss_sum, targets = world.sum(totals)
+    def measure(batch: Batch) -> tuple[torch.Tensor, int]:
+        return next_token_loss(engine, move(batch, engine.world.device)), num_targets(batch)
+
+    loss_sum, targets = sum_over_rows(engine, items, collate, measure, batch_size)
     return loss_sum / max(1.0, targets)
 
 
 def export(run: Run, engine: Engine, tokenizer, cfg: LLMConfig, progress: Progress, report: AdapterReport) -> None:
-    """Write the result: the adapter in PEFT's layout, or the whole model after full fine-tuning.
-
-    With ``train.keep_best`` it is that of the lowest validation loss.
-    """
-    if cfg.train.keep_best and progress.best_step not in (None, progress.step):
-        restore_weights(engine, run.checkpoints.weights(progress.best_step))
-        run.say(f"exporting step {progress.best_step}, whose validation loss {progress.best_loss:.4f} is the lowest")
+    """Write the result: the adapter in PEFT's layout, or the whole model after full fine-tuning."""
+    run.restore_best(engine, progress)
     if report.num_low_rank + report.num_magnitude:
         folder = save_adapter(engine.module, cfg.adapter, run.folder / "adapter", cfg.model.path)
     else:

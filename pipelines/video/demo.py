@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
     evaluate([*base, "--output", str(output / "base_results")])
 
     say("5/5", "merge the DoRA adapter into a plain VL-BART")
-    merge(output / "dora" / "adapter", output / "merged")
+    merge(output / "dora" / "adapter", output / "merged", str(output / "base" / "model"))
     report(output, time.perf_counter() - started)
 
 

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dora_core.adapters import load_adapter, reuse_norms
-from dora_core.config import load_config, split_arguments
-from dora_core.engine.build import Engine, narrow_forward
+from dora_core.adapters import reuse_norms
+from dora_core.engine.build import Engine, ready_to_answer
 from dora_core.engine.distributed import World
 from dora_core.evaluation.evaluator import EvaluationContext, Evaluator
-from dora_core.evaluation.results import Metric, config_hash, format_table
-from dora_core.evaluation.runner import average_of_reported, place_among_ranks, reported_metrics, run_evaluators
-from dora_core.registry import EVALUATORS
+from dora_core.evaluation.results import Metric
+from dora_core.evaluation.runner import evaluators_of, reported_metrics, score_tasks
 from dora_core.training.metrics import plot_accuracies
 from dora_core.training.run import Run
-from dora_core.training.script import run_script
+from dora_core.training.script import run_evaluation
 from pipelines.video.answering import Answering
 from pipelines.video.config import RECIPES, DataSection, EvaluateSection, VideoConfig
 from pipelines.video.data import the_tasks
@@ -72,32 +68,22 @@ def evaluate_model(
 ) -> list[Metric]:
     """Return the metrics of the benchmarks of ``section``, then ``video/average``, the mean of those the paper reports.
 
-    Every rank must call it; every rank gets the same metrics. Rank 0 writes ``results.json``, ``predictions.jsonl`` and
-    the submissions into ``folder`` and prints the table. ``model`` is the model itself, not an engine around it, and
-    comes back in its own mode. Set ``synced`` under ZeRO-3, with the ``device`` to compute on.
-
-    Raises ``ValueError`` for no tasks, an unknown task (with close matches) or missing data, before the first
-    forward pass.
+    ``score_tasks`` says more; the submissions come into ``folder`` too. Set ``synced`` under ZeRO-3, with the
+    ``device`` to compute on.
     """
-    evaluators = _evaluators(section)
-    if section.look == "shuffled":
-        evaluators = [Shuffled(evaluator) for evaluator in evaluators]
-    rank, size = place_among_ranks()
-    context = EvaluationContext(
-        model=model,
-        tokenizer=answering.text.tokenizer,
-        section=replace(section, path=section.path or data.path),
+    return score_tasks(
+        "video",
+        model,
+        answering.text.tokenizer,
+        replace(section, path=section.path or data.path),
+        folder,
+        scoring_settings(section, data),
         extra={"answering": answering},
-        config_hash=config_hash(scoring_settings(section, data)),
-        rank=rank,
-        world_size=size,
+        wrap=Shuffled if section.look == "shuffled" else None,
+        columns=COLUMNS,
         synced=synced,
         device=device,
     )
-    metrics = run_evaluators(evaluators, context, folder, summarize=partial(average_of_reported, pipeline="video"))
-    if rank == 0:
-        print(format_table(metrics, COLUMNS), flush=True)
-    return metrics
 
 
 def scoring_settings(section: EvaluateSection, data: DataSection) -> dict[str, Any]:
@@ -144,17 +130,11 @@ def evaluate_in_run(
 def scored_collections(section: EvaluateSection, data: DataSection) -> list[str]:
     """Return the collections that the rows to score show. Raises ``ValueError`` for missing annotations."""
     found: set[str] = set()
-    for task in (evaluator.task for evaluator in _evaluators(section)):
+    for task in (evaluator.task for evaluator in evaluators_of("video", section.tasks)):
         records, annotations = task.read(section.path or data.path, section.split)
         for record in records[:1]:  # none at all is for the evaluator to complain of
             found |= {visual.partition("/")[0] for visual in task.checked_example(record, annotations).visuals}
     return sorted(found)
-
-
-def _evaluators(section: EvaluateSection) -> list[Any]:
-    if not section.tasks:
-        raise ValueError("evaluate.tasks is []; it must name at least one benchmark. Add one, such as tvqa.")
-    return [EVALUATORS.get(f"video/{task}") for task in section.tasks]
 
 
 def with_scored_collections(look: Look, section: EvaluateSection, data: DataSection) -> Look:
@@ -166,31 +146,19 @@ def with_scored_collections(look: Look, section: EvaluateSection, data: DataSect
     return look.also(missing, data.visual.path or data.path)
 
 
+def evaluate(cfg: VideoConfig, world: World, adapter: Path | None, output: Path) -> None:
+    """Score the recipe's model, with an adapter if one is given."""
+    shown = world.agree(lambda: scored_collections(cfg.evaluate, cfg.data))
+    look, encoder = world.agree(lambda: open_look(cfg.data.visual, cfg.data.path, shown, world.device))
+    tokenizer = load_tokenizer(cfg.model)
+    model = load_vl_bart(cfg.model, tokenizer, look.dim, cfg.train.precision)
+    model = ready_to_answer(model, adapter, cfg.train.precision, world.device)
+    text = TextEncoder(tokenizer, cfg.data.task_prompts, cfg.data.reference_truncation)
+    answering = Answering(text, look, encoder, {task.name: task for task in the_tasks(cfg.data)})
+    with reuse_norms(model) if adapter else torch.no_grad():
+        evaluate_model(model, answering, cfg.evaluate, cfg.data, output)
+
+
 def main(arguments: Sequence[str]) -> None:
-    """Score the recipe's model, with the adapter of ``--adapter`` unmerged if given, into ``--output``.
-
-    Started by a launcher on several ranks, each holds the model and scores its share of the rows.
-    """
-    parser = argparse.ArgumentParser(prog="dora evaluate video", allow_abbrev=False)
-    parser.add_argument("--adapter", type=Path, help="folder of an adapter in PEFT's layout")
-    parser.add_argument("--output", type=Path, default=Path("results"), help="folder for results and submissions")
-    own, rest = parser.parse_known_args(arguments)
-    recipe, overrides = split_arguments(rest)
-
-    def run() -> None:
-        cfg = load_config(VideoConfig, recipe, overrides, recipes=RECIPES)
-        world = World.start(cfg.deepspeed.timeout_s)
-        shown = world.agree(lambda: scored_collections(cfg.evaluate, cfg.data))
-        look, encoder = world.agree(lambda: open_look(cfg.data.visual, cfg.data.path, shown, world.device))
-        tokenizer = load_tokenizer(cfg.model)
-        model = load_vl_bart(cfg.model, tokenizer, look.dim, cfg.train.precision)
-        if own.adapter is not None:
-            load_adapter(model, own.adapter)
-            narrow_forward(model, cfg.train.precision, world.device.type)
-        model = model.to(world.device).eval()
-        text = TextEncoder(tokenizer, cfg.data.task_prompts, cfg.data.reference_truncation)
-        answering = Answering(text, look, encoder, {task.name: task for task in the_tasks(cfg.data)})
-        with reuse_norms(model) if own.adapter else torch.no_grad():
-            evaluate_model(model, answering, cfg.evaluate, cfg.data, own.output)
-
-    run_script(run)
+    """Read the command line and score."""
+    run_evaluation("video", VideoConfig, RECIPES, evaluate, arguments)

@@ -16,18 +16,19 @@ if __package__ in (None, ""):  # run as a file: import from this checkout, never
     ]
 
 import torch
+from torch.utils.data import Subset
 
 from dora_core.adapters import apply_adapters, reuse_norms
-from dora_core.data.loader import StepLoader, batch_loader
+from dora_core.data.loader import StepLoader
 from dora_core.data.rows import DataError
 from dora_core.engine.build import Engine, build_engine, recipe_groups
 from dora_core.engine.liger import use_liger
-from dora_core.engine.state import restore_weights
 from dora_core.engine.zero import resolve_zero
 from dora_core.training.bad_rows import BadRows
 from dora_core.training.run import Run
 from dora_core.training.script import run_training
-from pipelines.video.batches import Collate, to_model
+from dora_core.training.validation import sum_over_rows
+from pipelines.video.batches import Batch, Collate, to_model
 from pipelines.video.config import RECIPES, VideoConfig
 from pipelines.video.data import TaskData, TaskRows, collections_of, load_data, probe, report_on
 from pipelines.video.encode import TextEncoder
@@ -113,21 +114,14 @@ def train(cfg: VideoConfig) -> None:
                     losses = validation_losses(engine, held, held_rows, collate, encoder, cfg)
                     progress.note_validation(losses["validation_loss"])
                     run.log(progress, **losses)
-                is_best = cfg.train.keep_best and progress.step == progress.best_step
-                if is_best or progress.due(cfg.train.save_every, num_steps):
-                    run.save(engine, progress)
-                if stop:
-                    run.leave_stopped(engine, progress)
+                run.save_when_due(engine, progress, num_steps, stop)
 
-        if cfg.train.keep_best and progress.best_step not in (None, progress.step):
-            restore_weights(engine, run.checkpoints.weights(progress.best_step))
-            run.say(f"exporting step {progress.best_step}, of the lowest validation loss {progress.best_loss:.4f}")
+        run.restore_best(engine, progress)
         run.say(f"wrote {export(engine.module, run.folder, tokenizer, cfg, world)}")
         if cfg.evaluate.after_training:
             evaluate_in_run(run, engine, text, scored, encoder, "after")
 
 
-@torch.no_grad()
 def validation_losses(
     engine: Engine,
     held: Sequence[TaskData],
@@ -138,28 +132,23 @@ def validation_losses(
 ) -> dict[str, float]:
     """Return ``validation_loss``, the mean over tasks, and that of each, weighed as in training.
 
-    The rows are split over the ranks; every rank runs the same number of forward passes. A row that cannot be read is
-    left out and counted in ``num_bad_validation``; a task without any has NaN, which is never the best.
+    Every rank must call it. A row that cannot be read is left out and counted in ``num_bad_validation``; a task without
+    any has NaN, which is never the best.
     """
-    world, size = engine.world, cfg.train.micro_batch_size
+
+    def measure(batch: Batch) -> tuple[torch.Tensor, float, int]:
+        inputs = to_model(batch, collate.look, encoder, engine.world.device)
+        return weighted_loss(engine, inputs), batch["counts"]["loss_units"], batch["counts"]["num_bad"]
+
+    size, workers = cfg.train.micro_batch_size, cfg.data.num_workers
     found: dict[str, float] = {}
-    num_bad = start = 0.0
-    with engine.evaluating():
-        for each in held:
-            first, count = int(start), len(each.places)
-            own = list(range(first + world.rank, first + count, world.size))
-            longest = math.ceil(count / world.size)
-            totals = [0.0, 0.0, 0.0]
-            parts = [own[place : place + size] for place in range(0, longest, size)]
-            for batch in batch_loader(rows, parts, collate, cfg.data.num_workers):
-                inputs = to_model(batch, collate.look, encoder, world.device)
-                totals[0] += float(weighted_loss(engine, inputs))
-                totals[1] += batch["counts"]["loss_units"]
-                totals[2] += batch["counts"]["num_bad"]
-            loss, units, bad = world.sum(totals)
-            found[f"validation_loss_{each.task.name}"] = loss / units if units else math.nan
-            num_bad += bad
-            start += count
+    num_bad, start = 0.0, 0
+    for each in held:
+        own = Subset(rows, range(start, start + len(each.places)))
+        loss, units, bad = sum_over_rows(engine, own, collate, measure, size, workers)
+        found[f"validation_loss_{each.task.name}"] = loss / units if units else math.nan
+        num_bad += bad
+        start += len(each.places)
     mean = sum(found.values()) / len(found)
     return {"validation_loss": mean, **found} | ({"num_bad_validation": num_bad} if num_bad else {})
 

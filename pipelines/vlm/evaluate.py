@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dora_core.adapters import reuse_norms
-from dora_core.config import load_config, split_arguments
-from dora_core.engine.build import DTYPES, Engine, narrow_forward
+from dora_core.engine.build import DTYPES, Engine, ready_to_answer
 from dora_core.engine.distributed import World
 from dora_core.evaluation.evaluator import EvaluationContext, Evaluator
-from dora_core.evaluation.results import Metric, config_hash, format_table
-from dora_core.evaluation.runner import average_of_reported, place_among_ranks, reported_metrics, run_evaluators
-from dora_core.registry import EVALUATORS
+from dora_core.evaluation.results import Metric
+from dora_core.evaluation.runner import reported_metrics, score_tasks
 from dora_core.training.metrics import plot_accuracies
 from dora_core.training.run import Run
-from dora_core.training.script import run_script
+from dora_core.training.script import run_evaluation
 from pipelines.vlm.answering import Answering
 from pipelines.vlm.config import RECIPES, DataSection, EvaluateSection, VLMConfig
 from pipelines.vlm.encode import Encoder
@@ -76,34 +72,22 @@ def evaluate_model(
 ) -> list[Metric]:
     """Return the metrics of the benchmarks of ``section``, then ``vlm/average``, the mean of those the paper reports.
 
-    Every rank must call it; every rank gets the same metrics. Rank 0 writes ``results.json``, ``predictions.jsonl``,
-    LLaVA's answer files and the submissions into ``folder`` and prints the table. ``model`` is the model itself, not
-    an engine around it, and comes back in its own mode. Set ``synced`` under ZeRO-3, with the ``device`` to compute on.
-
-    Raises ``ValueError`` for no tasks, an unknown task (with close matches) or missing data, before the first
-    forward pass.
+    ``score_tasks`` says more; LLaVA's answer files and the submissions come into ``folder`` too. Set ``synced`` under
+    ZeRO-3, with the ``device`` to compute on.
     """
-    if not section.tasks:
-        raise ValueError("evaluate.tasks is []; it must name at least one benchmark. Add one, such as gqa.")
-    evaluators = [EVALUATORS.get(f"vlm/{task}") for task in section.tasks]
-    if section.shuffle_images:
-        evaluators = [ShuffledImages(evaluator) for evaluator in evaluators]
-    rank, size = place_among_ranks()
-    context = EvaluationContext(
-        model=model,
-        tokenizer=encoder.tokenizer,
-        section=section,
+    return score_tasks(
+        "vlm",
+        model,
+        encoder.tokenizer,
+        section,
+        folder,
+        scoring_settings(section, encoder.section),
         extra={"answering": Answering(encoder, dtype), "model_id": model_id},
-        config_hash=config_hash(scoring_settings(section, encoder.section)),
-        rank=rank,
-        world_size=size,
+        wrap=ShuffledImages if section.shuffle_images else None,
+        columns=COLUMNS,
         synced=synced,
         device=device,
     )
-    metrics = run_evaluators(evaluators, context, folder, summarize=partial(average_of_reported, pipeline="vlm"))
-    if rank == 0:
-        print(format_table(metrics, COLUMNS), flush=True)
-    return metrics
 
 
 def scoring_settings(section: EvaluateSection, data: DataSection) -> dict[str, Any]:
@@ -135,28 +119,16 @@ def evaluate_in_run(run: Run, engine: Engine, encoder: Encoder, when: str) -> No
         plot_accuracies(scores, levels, folder / "accuracy.png", "best constant answer")
 
 
+def evaluate(cfg: VLMConfig, world: World, adapter: Path | None, output: Path) -> None:
+    """Score the recipe's model, with an adapter (in PEFT's layout, or a LLaVA run's) if one is given."""
+    tokenizer, precision = load_tokenizer(cfg.model), cfg.train.precision
+    model, vision = load_llava(cfg.model, tokenizer, precision)
+    model = ready_to_answer(model, adapter, precision, world.device, load_any_adapter)
+    encoder = Encoder(tokenizer, vision, cfg.data)
+    with reuse_norms(model) if adapter else torch.no_grad():
+        evaluate_model(model, encoder, cfg.evaluate, DTYPES[precision], output, model_id=cfg.run.name)
+
+
 def main(arguments: Sequence[str]) -> None:
-    """Score the recipe's model, with the adapter of ``--adapter`` unmerged if given, into ``--output``.
-
-    Started by a launcher on several ranks, each holds the model and scores its share of the questions.
-    """
-    parser = argparse.ArgumentParser(prog="dora evaluate vlm", allow_abbrev=False)
-    parser.add_argument("--adapter", type=Path, help="folder of an adapter: PEFT's layout, or a LLaVA run's")
-    parser.add_argument("--output", type=Path, default=Path("results"), help="folder for results and submissions")
-    own, rest = parser.parse_known_args(arguments)
-    recipe, overrides = split_arguments(rest)
-
-    def run() -> None:
-        cfg = load_config(VLMConfig, recipe, overrides, recipes=RECIPES)
-        world = World.start(cfg.deepspeed.timeout_s)
-        tokenizer = load_tokenizer(cfg.model)
-        model, vision = load_llava(cfg.model, tokenizer, cfg.train.precision)
-        if own.adapter is not None:
-            load_any_adapter(model, own.adapter)
-            narrow_forward(model, cfg.train.precision, world.device.type)
-        model = model.to(world.device).eval()
-        encoder = Encoder(tokenizer, vision, cfg.data)
-        with reuse_norms(model) if own.adapter else torch.no_grad():
-            evaluate_model(model, encoder, cfg.evaluate, DTYPES[cfg.train.precision], own.output, model_id=cfg.run.name)
-
-    run_script(run)
+    """Read the command line and score."""
+    run_evaluation("vlm", VLMConfig, RECIPES, evaluate, arguments)

@@ -16,20 +16,18 @@ if __package__ in (None, ""):  # run as a file: import from this checkout, never
     ]
 
 import torch
-from torch.utils.data import Subset
 
 from dora_core.adapters import apply_adapters, reuse_norms
-from dora_core.data.loader import StepLoader, batch_loader
+from dora_core.data.loader import StepLoader
 from dora_core.data.rows import DataError
-from dora_core.data.sampler import StepPlan
 from dora_core.engine.build import DTYPES, Engine, build_engine
 from dora_core.engine.liger import use_liger
-from dora_core.engine.state import restore_weights
 from dora_core.engine.zero import resolve_zero
 from dora_core.training.bad_rows import BadRows
 from dora_core.training.run import Run
 from dora_core.training.script import run_training
-from pipelines.vlm.batches import Collate, to_model
+from dora_core.training.validation import sum_over_rows
+from pipelines.vlm.batches import Batch, Collate, to_model
 from pipelines.vlm.config import RECIPES, VLMConfig
 from pipelines.vlm.data import ConversationRows, load_training_data
 from pipelines.vlm.encode import Encoder
@@ -64,13 +62,8 @@ def train(cfg: VLMConfig) -> None:
         run.say(run.world.agree(lambda: use_liger(model, cfg.train, run.world.device)))
         engine = build_engine(model, param_groups(model, cfg.train), cfg.train, zero, run.world)
 
-        plan = StepPlan(
-            num_rows=len(rows),
-            global_batch_size=cfg.train.global_batch_size,
-            micro_batch_size=cfg.train.micro_batch_size,
-            seed=cfg.run.seed,
-            world_size=run.world.size,
-            rank=run.world.rank,
+        plan = run.plan(
+            len(rows),
             mixture=mixture,
             lengths=rows.lengths() if cfg.data.group_by_modality else None,
             groups=rows.modalities() if cfg.data.group_by_modality else None,
@@ -119,17 +112,9 @@ def train(cfg: VLMConfig) -> None:
                     loss, num_bad = validation_loss(engine, validation, collate, encoder, cfg)
                     progress.note_validation(loss)
                     run.log(progress, validation_loss=loss, **({"num_bad_validation": num_bad} if num_bad else {}))
-                keeps_this = cfg.train.keep_best and progress.step == progress.best_step
-                if progress.due(cfg.train.save_every, num_steps) or keeps_this:
-                    run.save(engine, progress)
-                if stop:
-                    run.leave_stopped(engine, progress)
+                run.save_when_due(engine, progress, num_steps, stop)
 
-        if cfg.train.keep_best and progress.best_step not in (None, progress.step):
-            restore_weights(engine, run.checkpoints.weights(progress.best_step))
-            run.say(
-                f"exporting step {progress.best_step}, whose validation loss {progress.best_loss:.4f} is the lowest"
-            )
+        run.restore_best(engine, progress)
         written = export(
             engine.module,
             run.folder,
@@ -146,28 +131,20 @@ def train(cfg: VLMConfig) -> None:
             evaluate_in_run(run, engine, encoder, "after")
 
 
-@torch.no_grad()
 def validation_loss(
     engine: Engine, rows: ConversationRows, collate: Collate, encoder: Encoder, cfg: VLMConfig
 ) -> tuple[float, float]:
     """Return the mean loss per target token over the validation rows, and how many of the rows could not be read.
 
-    The rows are split over the ranks; every rank runs the same number of forward passes, with empty batches where it
-    has nothing left. The loss is NaN, which is never the best, if no row has a target.
+    Every rank must call it. The loss is NaN, which is never the best, if no row has a target.
     """
-    world, size = engine.world, cfg.train.micro_batch_size
-    share = Subset(rows, range(world.rank, len(rows), world.size))
-    longest = math.ceil(len(rows) / world.size)
-    places = range(len(share))
-    batches = [list(places[start : start + size]) for start in range(0, longest, size)]
-    totals = [0.0, 0.0, 0.0]
-    with engine.evaluating():
-        for batch in batch_loader(share, batches, collate, cfg.data.num_workers):
-            inputs = to_model(batch, encoder.transform, DTYPES[cfg.train.precision], world.device)
-            totals[0] += float(instruction_loss(engine, inputs))
-            totals[1] += batch["counts"]["num_targets"]
-            totals[2] += batch["counts"]["num_bad"]
-    loss_sum, targets, num_bad = world.sum(totals)
+
+    def measure(batch: Batch) -> tuple[torch.Tensor, int, int]:
+        inputs = to_model(batch, encoder.transform, DTYPES[cfg.train.precision], engine.world.device)
+        return instruction_loss(engine, inputs), batch["counts"]["num_targets"], batch["counts"]["num_bad"]
+
+    size, workers = cfg.train.micro_batch_size, cfg.data.num_workers
+    loss_sum, targets, num_bad = sum_over_rows(engine, rows, collate, measure, size, workers)
     return (loss_sum / targets if targets else math.nan), num_bad
 
 

@@ -156,6 +156,13 @@ def test_the_demo_of_all_is_that_of_each(second_pipeline):
     assert second_pipeline[2:] == [("second", ["--output", "there"])]
 
 
+def test_the_demo_of_all_names_the_pipelines_that_have_none(second_pipeline, capsys):
+    del PIPELINES.get("second").demo
+    main(["demo", "all"])
+    assert second_pipeline == [("llm", [])]
+    assert capsys.readouterr().out == "without a demo: second\n"
+
+
 def test_a_verb_that_a_pipeline_lacks_is_refused(second_pipeline, fails):
     assert fails("merge", "second") == (
         "Pipeline 'second' has no merge. Add it to its pipeline.py, or use another verb."

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 
+from dora_core.adapters.checkpoint import load_adapter
 from dora_core.adapters.groups import parameter_groups, parameter_role
 from dora_core.adapters.merge import evaluation_mode
 from dora_core.config import TrainSection
@@ -144,6 +147,20 @@ def build_engine(model: nn.Module, groups: list[dict], train: TrainSection, zero
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero.config, dist_init_required=False)
     scale = LossScale(2.0**16) if train.precision == "fp16" else LossScale()
     return Engine(engine, train, world, zero.stage, zero.config["gradient_accumulation_steps"], scale)
+
+
+def ready_to_answer(
+    model: nn.Module,
+    adapter: Path | None,
+    precision: str,
+    device: torch.device,
+    load: Callable[[nn.Module, Path], Any] = load_adapter,
+) -> nn.Module:
+    """Return ``model`` in evaluation mode on ``device``, an adapter of a folder in it, unmerged, if one is given."""
+    if adapter is not None:
+        load(model, adapter)
+        narrow_forward(model, precision, device.type)
+    return model.to(device).eval()
 
 
 def narrow_forward(model: nn.Module, precision: str, device_type: str) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from dora_core.adapters import load_adapter, merge_and_unload
 from dora_core.adapters.sharded import gathered
-from dora_core.engine.build import DTYPES
+from dora_core.engine.build import DTYPES, narrow_forward
 
 MAX_SHARD_BYTES = 4 << 30
 
@@ -71,6 +74,21 @@ def save_model(model: PreTrainedModel, folder: str | Path, precision: str) -> Pa
     if model.can_generate() and model.generation_config is not None:
         save_generation_config(model.generation_config, folder)
     return folder
+
+
+def merge_to_folder(
+    model: PreTrainedModel, adapter: Path, output: Path, precision: str, probe: Mapping[str, Any] | None = None
+) -> None:
+    """Merge the adapter of a folder into its base on the CPU, write the result to ``output`` and say what changed.
+
+    ``probe``, as of ``merge_and_unload``, is what logits are compared on.
+    """
+    model.eval()
+    _, report = load_adapter(model, adapter)
+    narrow_forward(model, precision, "cpu")
+    print(report)
+    print(f"merged {merge_and_unload(model, probe)}")
+    print(f"wrote {save_model(model, output, precision)}")
 
 
 def save_generation_config(settings: GenerationConfig, folder: Path) -> None:

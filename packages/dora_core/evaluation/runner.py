@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,73 @@ import torch.distributed as dist
 
 from dora_core.engine import distributed
 from dora_core.evaluation.evaluator import EvaluationContext, Evaluator, FileWriter
-from dora_core.evaluation.results import Metric, average_metric, commit_hash, dataset_hash, write_results
+from dora_core.evaluation.results import (
+    DEFAULT_COLUMNS,
+    Metric,
+    average_metric,
+    commit_hash,
+    config_hash,
+    dataset_hash,
+    format_table,
+    write_results,
+)
 from dora_core.registry import EVALUATORS
 
 T = TypeVar("T")
+
+
+def score_tasks(
+    pipeline: str,
+    model: Any,
+    tokenizer: Any,
+    section: Any,
+    folder: Path,
+    settings: Mapping[str, Any],
+    *,
+    extra: Mapping[str, Any] | None = None,
+    wrap: Callable[[Evaluator], Evaluator] | None = None,
+    summarize: Callable[[list[Metric]], list[Metric]] | None = None,
+    columns: Sequence[str] = DEFAULT_COLUMNS,
+    synced: bool = False,
+    device: Any = None,
+) -> list[Metric]:
+    """Return the metrics of the pipeline's evaluators that ``section.tasks`` names, then those of ``summarize``.
+
+    Every rank must call it; every rank gets the same metrics. Rank 0 writes ``folder`` and prints a table of
+    ``columns``. ``model`` is the model itself, not an engine around it, and comes back in its own mode. ``settings``
+    are those that can change a score; ``extra``, ``synced`` and ``device`` are the context's. ``wrap`` may put
+    something around each evaluator; without ``summarize`` there is the average that ``average_of_reported`` tells of.
+
+    Raises ``ValueError`` for no tasks, an unknown task (with close matches) or missing data, before the first
+    forward pass.
+    """
+    evaluators = evaluators_of(pipeline, section.tasks)
+    rank, size = place_among_ranks()
+    context = EvaluationContext(
+        model=model,
+        tokenizer=tokenizer,
+        section=section,
+        extra=extra or {},
+        config_hash=config_hash(settings),
+        rank=rank,
+        world_size=size,
+        synced=synced,
+        device=device,
+    )
+    evaluators = [wrap(evaluator) for evaluator in evaluators] if wrap else evaluators
+    summarize = summarize or partial(average_of_reported, pipeline=pipeline)
+    metrics = run_evaluators(evaluators, context, folder, summarize=summarize)
+    if rank == 0:
+        print(format_table(metrics, columns), flush=True)
+    return metrics
+
+
+def evaluators_of(pipeline: str, tasks: Sequence[str]) -> list[Evaluator]:
+    """Return evaluators by their names without the pipeline's prefix. Raises ``ValueError`` for none, or unknown."""
+    if not tasks:
+        some = EVALUATORS.names(pipeline)[0].removeprefix(f"{pipeline}/")
+        raise ValueError(f"evaluate.tasks is []; it must name at least one benchmark. Add one, such as {some}.")
+    return [EVALUATORS.get(f"{pipeline}/{task}") for task in tasks]
 
 
 def run_evaluators(

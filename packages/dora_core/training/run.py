@@ -14,8 +14,10 @@ from typing import Any
 import numpy
 import torch
 
+from dora_core.data.sampler import StepPlan
 from dora_core.engine.build import Engine
 from dora_core.engine.distributed import World, bound_collectives, stop_with_launcher
+from dora_core.engine.state import restore_weights
 from dora_core.training.checkpoint import CheckpointError, CheckpointStore
 from dora_core.training.folder import open_run_folder
 from dora_core.training.metrics import MetricLog, plot_losses
@@ -79,6 +81,19 @@ class Run:
                 self._bar.clear()
             print(text, flush=True)
 
+    def plan(self, num_rows: int, **grouping: Any) -> StepPlan:
+        """Return this rank's plan of the rows by the recipe's batch sizes and seed; ``StepPlan`` says how to group."""
+        train, world = self.config.train, self.world
+        return StepPlan(
+            num_rows=num_rows,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            seed=self.config.run.seed,
+            world_size=world.size,
+            rank=world.rank,
+            **grouping,
+        )
+
     def resume(self, engine: Engine, num_steps: int, data: str) -> Progress:
         """Return where to start: from the newest checkpoint that verifies, as ``run.resume`` says, or from step 0.
 
@@ -126,6 +141,23 @@ class Run:
         self._saved_step = progress.step
         best = progress.best_step if self.config.train.keep_best else None
         self.world.on_main(lambda: self.checkpoints.prune(self.config.train.keep_last, best, progress.step))
+
+    def save_when_due(self, engine: Engine, progress: Progress, num_steps: int, stop: float) -> None:
+        """Save where ``train.save_every`` or the lowest validation loss asks for it, and leave if a rank must ``stop``.
+
+        Every rank must call it, after each step and with the same ``stop``.
+        """
+        is_best = self.config.train.keep_best and progress.step == progress.best_step
+        if is_best or progress.due(self.config.train.save_every, num_steps):
+            self.save(engine, progress)
+        if stop:
+            self.leave_stopped(engine, progress)
+
+    def restore_best(self, engine: Engine, progress: Progress) -> None:
+        """With ``train.keep_best``, go back to the weights of the lowest validation loss. Every rank must call it."""
+        if self.config.train.keep_best and progress.best_step not in (None, progress.step):
+            restore_weights(engine, self.checkpoints.weights(progress.best_step))
+            self.say(f"exporting step {progress.best_step}, of the lowest validation loss {progress.best_loss:.4f}")
 
     def log_step(
         self, engine: Engine, progress: Progress, num_steps: int, loss_sum: torch.Tensor, **values: Any
