@@ -71,6 +71,7 @@ def processes_here() -> list[str]:
     return [command for command in found if "train.py" in command]
 
 
+@pytest.mark.usefixtures("signals_of_a_terminal")
 def test_a_sweep_is_stopped_goes_on_and_survives_a_run_that_fails(recipe, capsys):
     output = Path("runs/sweep/small")
     words = [sys.executable, "-m", "dora_core.cli", "sweep", "llm", recipe, "--adapter.kind", "lora,dora"]

@@ -77,6 +77,7 @@ def test_a_rank_that_takes_too_long_to_save_is_killed(tmp_path, chain):
     assert not (tmp_path / "saved").exists() and not processes_of(tmp_path)
 
 
+@pytest.mark.usefixtures("signals_of_a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_the_run_and_raises(tmp_path, chain, number):
     def send_when_ready():
