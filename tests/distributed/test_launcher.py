@@ -128,7 +128,7 @@ def test_a_run_that_is_told_to_stop_while_it_scores_stops(folder):
         assert wait_until((folder / "runs" / "scoring" / "config.yaml").is_file, 120)
         time.sleep(4)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 75
+        assert process.wait(120) == 75
     assert not (folder / "runs" / "scoring" / "checkpoints").exists()
     assert "Traceback" not in (folder / "log").read_text()
 
