@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import time
 import traceback
@@ -21,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from training_runs import environment
+
+from dora_core.training.environment import processor_name
 
 GIB = 1 << 30
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -123,7 +124,7 @@ def versions() -> dict[str, Any]:
     """Return hardware and versions, those of peers and compilers included."""
     found: dict[str, Any] = environment()
     if not torch.cuda.is_available():
-        found |= {"hardware": _processor(), "num_threads": torch.get_num_threads()}
+        found |= {"hardware": processor_name(), "num_threads": torch.get_num_threads()}
     for package in ("peft", "triton"):
         try:
             found[package] = version(package)
@@ -135,12 +136,6 @@ def versions() -> dict[str, Any]:
 def settings(own: argparse.Namespace) -> dict[str, Any]:
     """Return the command line's values that a result depends on."""
     return {key: value for key, value in vars(own).items() if key not in ("output", "name", "plot_only")}
-
-
-def _processor() -> str:
-    facts = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", facts.read_text()) if facts.is_file() else []
-    return names[0] if names else platform.machine()
 
 
 def write_json(path: Path, content: Any) -> None:

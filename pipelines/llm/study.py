@@ -18,7 +18,6 @@ from typing import Any
 
 from dora_core.analysis.command import analyze
 from dora_core.analysis.correlation import Correlation
-from dora_core.analysis.points import correlations
 from dora_core.config import require
 from dora_core.sweep.spread import Difference, difference_over_seeds, spread
 from dora_core.testing.demo import launch, metrics, say
@@ -71,9 +70,8 @@ def main(arguments: Sequence[str]) -> None:
             run(f"{method}-{seed}", [*options, *own.overrides])
     say("4/4", "analyze the checkpoints")
     states = [f"{method}={own.output / f'{method}-{seed}'}" for method in METHODS for seed in seeds]
-    points = analyze(str(base), states, own.output / "analysis", pattern=r"\.(q|k|v|up|down)_proj\.")
+    found, within = analyze(str(base), states, own.output / "analysis", pattern=r"\.(q|k|v|up|down)_proj\.")
     accuracies = {m: [_average(own.output / f"{m}-{seed}") for seed in seeds] for m in METHODS}
-    found, within = correlations(points), correlations(points, within_steps=True)
     print("\n" + write_report(own, accuracies, found, within, time.perf_counter() - started))
 
 

@@ -16,6 +16,9 @@ from dora_core.analysis.points import Point, State, correlations, measure, state
 from dora_core.analysis.weights import open_weights
 from dora_core.config import require
 
+Correlations = Mapping[tuple[str, str], Correlation]
+"""By method and role."""
+
 DESCRIPTION = """\
 A is the state before, usually the base model. Each other argument is a later state: the folder of a model, an adapter,
 a checkpoint (.../checkpoints/step-00000100), or a run, which means all of its checkpoints. NAME=PATH names a method;
@@ -45,8 +48,11 @@ def main(arguments: Sequence[str]) -> None:
 
 def analyze(
     before: str, after: Sequence[str], output: Path, *, base: str | None = None, pattern: str | None = None
-) -> list[Point]:
-    """Do what the command does, and return the points. Raises ``ValueError`` for what cannot be compared."""
+) -> tuple[Correlations, Correlations]:
+    """Do what the command does, and return the correlations over all points and within steps.
+
+    Raises ``ValueError`` for what cannot be compared.
+    """
     first, *surplus = states(before)
     require(
         not surplus, "A", before, "one state", f"Give one of its {len(surplus) + 1} checkpoints, or the base model."
@@ -60,30 +66,29 @@ def analyze(
         points.append(point)
         if sys.stderr.isatty():
             print(f"\r{len(points)} weights ", end="", file=sys.stderr, flush=True)
-    found = correlations(points)
+    found, within = correlations(points), correlations(points, within_steps=True)
     output.mkdir(parents=True, exist_ok=True)
     write_csv(points, output / "changes.csv")
     content = {
         "before": first.path,
         "after": [asdict(state) for state in later],
         "correlations": _records(found),
-        "correlations_within_steps": _records(correlations(points, within_steps=True)),
+        "correlations_within_steps": _records(within),
     }
     (output / "summary.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     draw_scatter(points, found, output / "scatter.png")
     draw_layers(points, output / "layers.png")
     if any(point.step is not None for point in points):
         draw_steps(points, output / "steps.png")
-    print(table(points))
+    print(table(points, found, within))
     print(f"changes.csv, summary.json and figures are in {output}")
-    return points
+    return found, within
 
 
-def table(points: Sequence[Point]) -> str:
+def table(points: Sequence[Point], correlated: Correlations, within: Correlations) -> str:
     """Return mean changes and their correlation by method and role, as text."""
     lines = [f"{'':<28}{'points':>8}{'mean ΔM':>12}{'mean ΔD':>12}   {'correlation [95 %]':<24}within steps"]
-    within = correlations(points, within_steps=True)
-    for (method, role), found in correlations(points).items():
+    for (method, role), found in correlated.items():
         own = [point.change for point in points if (point.method, point.change.role) == (method, role)]
         means = [sum(getattr(change, key) for change in own) / len(own) for key in ("delta_m", "delta_d")]
         cells = "".join(f"{mean:>12.3g}" for mean in means)
@@ -91,5 +96,5 @@ def table(points: Sequence[Point]) -> str:
     return "\n".join(lines)
 
 
-def _records(found: Mapping[tuple[str, str], Correlation]) -> list[dict[str, Any]]:
+def _records(found: Correlations) -> list[dict[str, Any]]:
     return [{"method": method, "role": role, **asdict(value)} for (method, role), value in found.items()]

@@ -41,14 +41,14 @@ def describe_environment(world_size: int) -> dict[str, Any]:
         "commit": commit_hash(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "hardware": torch.cuda.get_device_name() if cuda else _processor(),
+        "hardware": torch.cuda.get_device_name() if cuda else processor_name(),
         "num_cpus": os.cpu_count(),
         "world_size": world_size,
         "versions": versions,
     }
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """Return the processor's model where the system tells it, else its kind."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.is_file() else []
