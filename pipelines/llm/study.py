@@ -22,6 +22,7 @@ from dora_core.config import require
 from dora_core.sweep.spread import Difference, difference_over_seeds, spread
 from dora_core.testing.demo import launch, metrics, say
 from dora_core.training.environment import describe_environment
+from dora_core.training.jobs import run_jobs
 from pipelines.llm.demo import FINE_TUNING, METHODS
 from pipelines.llm.prepare import prepare
 
@@ -41,11 +42,16 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--hidden", type=int, default=96)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--base-lr", default="1e-3", help="learning rate of pre-training")
+    parser.add_argument("--full-lr", default="5e-4", help="of full fine-tuning")
+    parser.add_argument("--adapter-lr", default="5e-3", help="of LoRA and DoRA")
+    parser.add_argument("--jobs", type=int, default=1, help="runs of fine-tuning at once, which take the GPUs in turn")
     parser.add_argument(
         "--overrides", nargs=argparse.REMAINDER, default=[], help="for every run: --section.field value"
     )
     own = parser.parse_args(arguments)
     require(own.steps % NUM_CHECKPOINTS == 0, "--steps", own.steps, f"a multiple of {NUM_CHECKPOINTS}", "Round it.")
+    require(own.jobs >= 1, "--jobs", own.jobs, "1 or more")
     seeds = own.seeds.split(",")
     require(all(seed.isdecimal() for seed in seeds), "--seeds", own.seeds, "whole numbers", "Write for example 0,1,2.")
     started = time.perf_counter()
@@ -58,16 +64,20 @@ def main(arguments: Sequence[str]) -> None:
         say("2/4", "pre-train the base model")
         options = ["--config", "tiny_base", "--model.path", str(world / "model"), "--run.resume", "auto"]
         options += ["--data.train", f"[{world / 'statements.json'}]", "--train.max_steps", str(own.base_steps)]
+        options += ["--train.lr", own.base_lr]
         run("base", [*options, *own.overrides])
     say("3/4", f"fine-tune it with {len(METHODS)} methods and {len(seeds)} seeds")
+    jobs = []
     for method, (_, options) in METHODS.items():
+        lr = own.full_lr if method == "full" else own.adapter_lr
         for seed in seeds:
             if (own.output / f"{method}-{seed}" / "results" / "after" / "results.json").is_file():
                 continue
-            options = [*fine_tuning(own.steps), *options, "--run.seed", seed, "--adapter.seed", seed]
+            options = [*fine_tuning(own.steps), *options, "--train.lr", lr, "--run.seed", seed, "--adapter.seed", seed]
             options += ["--config", "tiny", "--model.path", str(base), "--evaluate.path", str(world)]
             options += ["--data.train", f"[{world / 'commonsense_mix.json'}]", "--run.resume", "auto"]
-            run(f"{method}-{seed}", [*options, *own.overrides])
+            jobs.append(partial(run, f"{method}-{seed}", [*options, *own.overrides]))
+    run_jobs(jobs, own.jobs, lambda _: None)
     say("4/4", "analyze the checkpoints")
     states = [f"{method}={own.output / f'{method}-{seed}'}" for method in METHODS for seed in seeds]
     found, within = analyze(str(base), states, own.output / "analysis", pattern=r"\.(q|k|v|up|down)_proj\.")

@@ -7,6 +7,7 @@ import importlib.util
 import math
 import shlex
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,11 +15,12 @@ import torch
 from dora_core.config import require
 from dora_core.evaluation.results import commit_hash
 from dora_core.registry import EVALUATORS, PIPELINES, pipeline_packages, unknown_name
-from dora_core.sweep.grid import Grid, build_grid
+from dora_core.sweep.grid import Grid, Point, build_grid
 from dora_core.sweep.report import collect, write_report
-from dora_core.sweep.runs import read_outcome, refuse_changed, run_point
+from dora_core.sweep.runs import Outcome, read_outcome, refuse_changed, run_point
 from dora_core.training.folder import lock_folder
-from dora_core.training.launcher import summary
+from dora_core.training.jobs import run_jobs
+from dora_core.training.launcher import Stop, summary
 from dora_core.training.script import EXIT_STOPPED
 
 HELP = """
@@ -42,6 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     own, overrides = _parser().parse_known_args(arguments)
     limit = own.time_limit
     require(limit is None or 0 < limit < math.inf, "--time-limit", limit, "a positive number of seconds")
+    require(own.jobs >= 1, "--jobs", own.jobs, "1 or more")
     require(own.num_gpus >= 1, "--num_gpus", own.num_gpus, "1 or more", "Without a GPU it counts processes.")
     pipeline = PIPELINES.get(own.pipeline)
     output = own.output or Path("runs") / "sweep" / Path(own.recipe).stem
@@ -64,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
 
     with lock_folder(output, "give another --output"):
         try:
-            _run_all(grid, script, output, own.num_gpus, limit, report)
+            _run_all(grid, script, output, own, report)
         except KeyboardInterrupt:
             print(report() + f"\n\nStopped. The same command goes on; everything is in {output}.", flush=True)
             raise SystemExit(EXIT_STOPPED) from None
@@ -73,24 +76,29 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def _run_all(
-    grid: Grid, script: Path, output: Path, num_ranks: int, time_limit_s: float | None, report: Callable[[], str]
-) -> None:
-    """Run what is not finished, one point after the other; failures stop nothing. Writes the report after each run."""
+def _run_all(grid: Grid, script: Path, output: Path, own: argparse.Namespace, report: Callable[[], str]) -> None:
+    """Run what is not finished, ``--jobs`` at a time; failures stop nothing. Writes the report after each run."""
     missing = [point for point in grid.points if read_outcome(output / point.name).status != "finished"]
     counts = " x ".join(f"{len(grid.values(axis[0]))} {' with '.join(axis)}" for axis in grid.axes)
     print(f"{len(grid.points)} runs in {output}: {counts}. {len(grid.points) - len(missing)} are finished.", flush=True)
-    for place, point in enumerate(missing, 1):
-        print(f"[{place}/{len(missing)}] {point.name}", flush=True)
-        outcome = run_point(script, point, num_ranks, time_limit_s)
+
+    def run(number: int, point: Point, place: int, stop: Stop) -> tuple[Point, Outcome]:
+        print(f"[{number}/{len(missing)}] {point.name}", flush=True)
+        return point, run_point(script, point, own.num_gpus, own.time_limit, place, stop)
+
+    def done(result: tuple[Point, Outcome]) -> None:
+        point, outcome = result
+        indent = " " * 6 if own.jobs == 1 else f"{point.name}: "
         if outcome.status == "finished":
-            print("      " + summary(output / point.name, outcome.seconds), flush=True)
+            print(indent + summary(output / point.name, outcome.seconds), flush=True)
         else:
             log = output / f"{point.name}.log"
             errors = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("error: ")]
             said = "".join(f"\n      {line}" for line in errors[-1:])
-            print(f"      {outcome.status}, exit status {outcome.exit_status}; its log is {log}{said}", flush=True)
+            print(f"{indent}{outcome.status}, exit status {outcome.exit_status}; its log is {log}{said}", flush=True)
         report()
+
+    run_jobs([partial(run, number, point) for number, point in enumerate(missing, 1)], own.jobs, done)
 
 
 def _refuse_unknown_metric(name: str, pipeline: str, grid: Grid) -> None:
@@ -116,7 +124,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="folder of the sweep (runs/sweep/RECIPE)")
     parser.add_argument("--metric", help="what to compare, such as boolq (the last of the results: the average)")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop a run after so long (no limit)")
-    parser.add_argument("--num_gpus", type=int, default=max(1, torch.cuda.device_count()), help="ranks (all GPUs)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, which take the GPUs in turn (1)")
+    parser.add_argument(
+        "--num_gpus", type=int, default=max(1, torch.cuda.device_count()), help="ranks of a run (all GPUs)"
+    )
     parser.add_argument(
         "--together",
         action="append",

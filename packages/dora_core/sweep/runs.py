@@ -1,4 +1,4 @@
-"""The runs of a sweep: which are finished, which may go on, and one after the other under the launcher."""
+"""The runs of a sweep: which are finished, which may go on, and one of them under the launcher."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dora_core.config import ConfigError, load_config
 from dora_core.evaluation.results import RESULTS_FILE, replace_file
 from dora_core.sweep.grid import Point
 from dora_core.training.checkpoint import CheckpointStore
-from dora_core.training.launcher import launch, launch_command
+from dora_core.training.launcher import Stop, launch, launch_command
 
 OUTCOME_FILE = "outcome.json"
 MAY_CHANGE = ("run.root", "run.resume", "log.")
@@ -69,11 +69,13 @@ def refuse_changed(pipeline: Any, point: Point) -> None:
         raise ConfigError(f"{folder} holds a run of another recipe: {'; '.join(changes)}. {change}")
 
 
-def run_point(script: Path, point: Point, num_ranks: int, time_limit_s: float | None) -> Outcome:
+def run_point(
+    script: Path, point: Point, num_ranks: int, time_limit_s: float | None, place: int, stop: Stop
+) -> Outcome:
     """Run or resume one point in a process of its own and return how far it has come, which its folder keeps.
 
     The output goes to ``<folder>.log``. Ctrl-C stops the run, so that it can be resumed, and raises
-    ``KeyboardInterrupt``.
+    ``KeyboardInterrupt``; so does ``stop``. ``place`` is its own among the runs that go on at once.
     """
     folder = Path(point.config.run.root) / point.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,10 +84,11 @@ def run_point(script: Path, point: Point, num_ranks: int, time_limit_s: float | 
     outcome = Outcome(status="stopped")
     try:
         result = launch(
-            launch_command(script, point.arguments, num_ranks),
+            launch_command(script, point.arguments, num_ranks, place),
             folder.with_name(f"{point.name}.log"),
             time_limit_s=time_limit_s,
             environment={"OMP_NUM_THREADS": "1"},
+            stop=stop,
         )
         outcome = Outcome(status=result.status, exit_status=result.exit_status)
     finally:

@@ -17,22 +17,30 @@ from dora_core.training import launcher
 NUM_RANKS = 2
 
 
-def launch(script: Path, output: Path, name: str, arguments: list[str]) -> None:
+def launch(
+    script: Path,
+    output: Path,
+    name: str,
+    arguments: list[str],
+    place: int = 0,
+    stop: launcher.Stop | None = None,
+) -> None:
     """Run a training script under the ``deepspeed`` launcher; its output goes to a log, its progress bar here too.
 
-    Prints the command and a line on the finished run. Stops the demo if the run fails.
+    Prints the command and a line on the finished run. Stops the demo if the run fails. ``place`` and ``stop`` are those
+    of ``dora_core.training.jobs``.
     """
     arguments = [*arguments, "--run.root", str(output), "--run.name", name, "--log.tensorboard", "false"]
-    command = launcher.launch_command(script, arguments, num_ranks())
-    place = command.index(str(script))
-    shown = shlex.join(["deepspeed", *command[place - 4 : place], os.path.relpath(script)])
+    command = launcher.launch_command(script, arguments, num_ranks(), place)
+    begin = command.index(str(script))
+    shown = shlex.join(["deepspeed", *command[begin - 4 : begin], os.path.relpath(script)])
     shown += " " + shlex.join(arguments).replace(" --", " \\\n    --")
     print(textwrap.indent(shown, "      $ ", lambda line: line.startswith("deepspeed")), flush=True)
-    result = launcher.launch(command, output / f"{name}.log", environment={"OMP_NUM_THREADS": "1"})
+    result = launcher.launch(command, output / f"{name}.log", environment={"OMP_NUM_THREADS": "1"}, stop=stop)
     if result.status != "finished" or not (output / name / "metrics.jsonl").is_file():
         print(result.log.read_text(encoding="utf-8")[-3000:], file=sys.stderr)
         raise ConfigError(f"The run {name} ended with status {result.exit_status}. Its log is {result.log}.")
-    print("      " + launcher.summary(output / name, result.seconds), flush=True)
+    print(f"      {name}: " + launcher.summary(output / name, result.seconds), flush=True)
 
 
 def num_ranks() -> int:

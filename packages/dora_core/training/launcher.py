@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -45,17 +45,31 @@ class LaunchResult:
         return {0: "finished", EXIT_STOPPED: "stopped"}.get(self.exit_status, "failed")
 
 
-def launch_command(script: Path, arguments: Sequence[str], num_ranks: int) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """What tells launches in other threads to end: signals reach the main thread alone."""
+
+    asked: threading.Event = field(default_factory=threading.Event)
+    """Save and stop."""
+    at_once: threading.Event = field(default_factory=threading.Event)
+    """Do not wait for the saving."""
+
+
+def launch_command(script: Path, arguments: Sequence[str], num_ranks: int, place: int = 0) -> list[str]:
     """Return the command that runs ``script`` on ``num_ranks`` ranks of this machine, on a free port.
 
-    Where CUDA_VISIBLE_DEVICES numbers GPUs, the first ``num_ranks`` of those are named: ``--num_gpus`` would make the
-    launcher ignore that variable and take the machine's first GPUs.
+    Of launches that run at once each has its ``place``, 0, 1, ..., and they take the GPUs in turn. Where
+    CUDA_VISIBLE_DEVICES numbers GPUs, those are named: ``--num_gpus`` would make the launcher ignore that variable and
+    take the machine's first GPUs.
     """
     executable = Path(sys.executable).with_name("deepspeed")
     command = [str(executable)] if executable.is_file() else [sys.executable, "-m", "deepspeed.launcher.runner"]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[:num_ranks]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if place and visible == [""]:
+        visible = [str(device) for device in range(torch.cuda.device_count())]
     if torch.cuda.is_available() and all(device.isdigit() for device in visible):
-        command += ["--include", "localhost:" + ",".join(visible)]
+        ranks = range(place * num_ranks, place * num_ranks + min(num_ranks, len(visible)))
+        command += ["--include", "localhost:" + ",".join(visible[rank % len(visible)] for rank in ranks)]
     else:
         command += ["--num_gpus", str(num_ranks)]
     return [*command, "--master_port", str(free_port()), str(script), *arguments]
@@ -68,17 +82,20 @@ def launch(
     time_limit_s: float | None = None,
     environment: Mapping[str, str] | None = None,
     patience_s: float = PATIENCE_S,
+    stop: Stop | None = None,
 ) -> LaunchResult:
     """Run a launcher's ``command`` and return how it ended; what it prints is added to ``log``, its bar shown here too.
 
     ``environment`` is added to this process's. The command is a process group of its own. After ``time_limit_s``
     seconds, and when this process gets Ctrl-C, SIGTERM or SIGHUP, which raise ``KeyboardInterrupt`` here, its ranks
-    are told to save and stop; those that take longer than ``patience_s``, or another Ctrl-C, are killed. Nothing is
-    left running in any case.
+    are told to save and stop; those that take longer than ``patience_s``, or another Ctrl-C, are killed. ``stop`` does
+    the same from another thread. Nothing is left running in any case.
     """
     started = time.monotonic()
     timed_out = False
-    with log.open("a", encoding="utf-8") as file, _signals_interrupt():
+    stop = stop or Stop()
+    on_screen = sys.stderr.isatty() and threading.current_thread() is threading.main_thread()  # several bars are none
+    with log.open("a", encoding="utf-8") as file, signals_interrupt():
         process = subprocess.Popen(
             command,
             stdout=file,
@@ -88,16 +105,17 @@ def launch(
             errors="replace",
             start_new_session=True,  # Ctrl-C in a terminal reaches this process alone, which passes it on once
         )
-        reader = threading.Thread(target=show_progress, args=(process.stderr, file), daemon=True)
+        reader = threading.Thread(target=show_progress, args=(process.stderr, file, on_screen), daemon=True)
         reader.start()
         try:
-            process.wait(time_limit_s)
-        except subprocess.TimeoutExpired:
-            timed_out = True
+            while process.poll() is None and not timed_out:
+                if stop.asked.wait(0.05):
+                    raise KeyboardInterrupt
+                timed_out = time_limit_s is not None and time.monotonic() - started > time_limit_s
         finally:
             try:
                 if process.returncode != 0:
-                    _stop_group(process.pid, patience_s)
+                    _stop_group(process.pid, patience_s, stop.at_once)
             finally:
                 process.wait()
                 reader.join(10)  # what left the group, as services of loggers do, may hold the pipe open
@@ -105,9 +123,8 @@ def launch(
     return LaunchResult(exit_status=process.returncode, seconds=seconds, timed_out=timed_out, log=log)
 
 
-def show_progress(stream: IO[str], log: IO[str]) -> None:
-    """Copy a run's standard error to its log; on a terminal, show the progress bar."""
-    on_screen = sys.stderr.isatty()
+def show_progress(stream: IO[str], log: IO[str], on_screen: bool) -> None:
+    """Copy a run's standard error to its log; ``on_screen``, show the progress bar."""
     for line in stream:  # universal newlines: every state of the bar is a line
         log.write(line)
         log.flush()
@@ -129,7 +146,7 @@ def summary(folder: Path, seconds: float) -> str:
 
 
 @contextmanager
-def _signals_interrupt() -> Iterator[None]:
+def signals_interrupt() -> Iterator[None]:
     """Let SIGTERM and SIGHUP raise ``KeyboardInterrupt`` meanwhile: their default ends this process and no other."""
 
     def interrupt(number: int, frame: object) -> None:
@@ -147,7 +164,7 @@ def _signals_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _stop_group(group: int, patience_s: float) -> None:
+def _stop_group(group: int, patience_s: float, at_once: threading.Event) -> None:
     """End all processes of a launcher's group: ranks asked first, so that they save.
 
     The launcher and its children, which start the ranks, are killed at once: told to stop, a node launcher of
@@ -156,7 +173,7 @@ def _stop_group(group: int, patience_s: float) -> None:
     told: set[int] = set()
     deadline = time.monotonic() + patience_s
     try:
-        while (members := _members(group)) and time.monotonic() < deadline:
+        while (members := _members(group)) and time.monotonic() < deadline and not at_once.is_set():
             for pid in members.keys() - told:
                 _send(pid, signal.SIGKILL if group in (pid, members[pid]) else signal.SIGTERM)
             told |= members.keys()

@@ -129,6 +129,13 @@ def test_a_sweep_is_stopped_goes_on_and_survives_a_run_that_fails(recipe, capsys
         f"error: {output / 'dora'} holds a run of another recipe: train.lr was 0.001 and is now 0.002. Give another "
         f"--output to keep both, or delete {output / 'dora'} to run it anew."
     )
+    main(["sweep", "llm", recipe, "--adapter.kind", "lora,dora", "--jobs", "2", "--output", "runs/at_once"])
+    said = capsys.readouterr().out
+    assert "[1/2] lora\n" in said and "[2/2] dora\n" in said and f"\nlora: {NUM_STEPS} steps, training loss" in said
+    losses = [[row["loss"] for row in read_metrics(path) if "loss" in row] for path in
+              (output / "lora" / "metrics.jsonl", Path("runs/at_once/lora/metrics.jsonl"))]  # fmt: skip
+    assert losses[0] == losses[1]
+
     (output / "lora" / "results" / "after" / "results.json").unlink()
     (output / "dora" / "config.yaml").write_text("train: {lr: 1}\n")
     with pytest.raises(SystemExit):
@@ -142,6 +149,7 @@ def test_a_sweep_is_stopped_goes_on_and_survives_a_run_that_fails(recipe, capsys
         (["small.yaml"], "error: No field has several values"),
         (["small.yaml", "--adapter.rank", "4,8", "--metric", "bolq"], "error: Unknown metric 'bolq'. Did you mean ll"),
         (["small.yaml", "--adapter.rank", "4,8", "--time-limit", "0"], "error: --time-limit is 0.0; it must be"),
+        (["small.yaml", "--adapter.rank", "4,8", "--jobs", "0"], "error: --jobs is 0; it must be 1 or more"),
         (["small.yaml", "--adapter.rank", "4,8", "--num_gpus", "0"], "error: --num_gpus is 0; it must be 1 or more"),
         (["small.yaml", "--adapter.rank", "4,8", "--num_gpus", "four"], "argument --num_gpus: invalid int value"),
     ],

@@ -13,32 +13,6 @@ import pytest
 
 from dora_core.training.launcher import launch, launch_command
 
-CHAIN = """
-import pathlib, signal, subprocess, sys, time
-
-depth, folder, save_s = int(sys.argv[1]), pathlib.Path(sys.argv[2]), float(sys.argv[3])
-if depth:  # the launcher, and its child that starts the rank
-    sys.exit(subprocess.call([sys.executable, __file__, str(depth - 1), *sys.argv[2:]]))
-
-def save(*_):
-    time.sleep(save_s)
-    (folder / "saved").touch()
-    sys.exit(75)
-
-signal.signal(signal.SIGTERM, save)
-(folder / "ready").touch()
-print("5%|#   | 1/20 [00:01]", file=sys.stderr, flush=True)
-time.sleep(600)
-"""
-
-
-@pytest.fixture
-def chain(tmp_path):
-    """A command of three processes in a row, as the launcher's, whose last saves when it is told to stop."""
-    script = tmp_path / "chain.py"
-    script.write_text(CHAIN)
-    return lambda save_s: [sys.executable, str(script), "2", str(tmp_path), str(save_s)]
-
 
 def processes_of(folder: Path) -> list[int]:
     found = []
@@ -99,3 +73,18 @@ def test_the_command_names_the_script_its_ranks_and_the_visible_gpus(monkeypatch
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,0")
     assert launch_command(Path("train.py"), [], 2)[1:3] == ["--include", "localhost:3,1"]
+
+
+def test_launches_at_once_take_the_gpus_in_turn(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def devices(num_ranks: int, place: int) -> list[str]:
+        return launch_command(Path("train.py"), [], num_ranks, place)[1:3]
+
+    assert devices(2, 0) == ["--num_gpus", "2"]
+    assert [devices(2, place)[1] for place in (1, 2, 3)] == ["localhost:2,3", "localhost:0,1", "localhost:2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3")
+    assert [devices(2, place)[1] for place in (0, 1, 2)] == ["localhost:7,5", "localhost:3,7", "localhost:5,3"]
+    assert devices(4, 1) == ["--include", "localhost:5,3,7"]

@@ -7,7 +7,7 @@ import pytest
 
 from dora_core.analysis.correlation import Correlation
 from dora_core.cli import main as dora
-from pipelines.llm.study import METHODS, write_report
+from pipelines.llm.study import write_report
 
 
 def test_the_study_trains_analyzes_reports_and_does_nothing_twice(tmp_path, capsys):
@@ -24,11 +24,26 @@ def test_the_study_trains_analyzes_reports_and_does_nothing_twice(tmp_path, caps
         "--base-steps",
         "4",
     ]
-    command += ["--hidden", "32", "--layers", "2", "--heads", "2", "--overrides", "--data.num_validation", "0"]
+    command += [
+        "--hidden",
+        "32",
+        "--layers",
+        "2",
+        "--heads",
+        "2",
+        "--jobs",
+        "2",
+        "--adapter-lr",
+        "4e-3",
+        "--overrides",
+        "--data.num_validation",
+        "0",
+    ]
     command += ["--evaluate.tasks", "[openbookqa]", "--train.global_batch_size", "4", "--train.micro_batch_size", "2"]
     dora(command)
     assert "| DoRA |" in capsys.readouterr().out
-    for method in METHODS:
+    for method, lr in (("full", 5e-4), ("lora", 4e-3), ("dora", 4e-3)):
+        assert f"lr: {lr}" in (tmp_path / f"{method}-5" / "config.yaml").read_text()
         assert len([*(tmp_path / f"{method}-5" / "checkpoints").glob("step-*")]) == 4
     content = json.loads((tmp_path / "study.json").read_text())
     assert [each["method"] for each in content["methods"]] == ["full", "lora", "dora"]
@@ -50,7 +65,7 @@ def test_the_table_says_what_was_found_beside_the_paper(tmp_path):
 
 
 def test_mistakes(tmp_path):
-    for arguments in (["--steps", "5"], ["--seeds", "a"]):
+    for arguments in (["--steps", "5"], ["--seeds", "a"], ["--jobs", "0"]):
         with pytest.raises(SystemExit):
             dora(["analyze", "--study", "llm", "--output", str(tmp_path / "x"), *arguments])
     assert not (tmp_path / "x").exists()
