@@ -6,20 +6,27 @@ from typing import Literal
 
 Form = Literal["merged", "composed"]
 
+# Fitted to the times of 100 layers on an H200 (benchmarks/results/kernels.json): what is chosen is the faster form
+# there, or within 3 % of it.
 BYTES_PER_US = 3.0e6
-"""What the kernels that go over a weight or over tokens reach on an H200, of 4.3e6 in a plain copy."""
-FLOPS_PER_US = 4.0e8
+"""What the kernels that go over a weight or over tokens reach, of 4.2e6 in a plain copy."""
+FLOPS_PER_US = 1.6e8
 """What the low-rank products inside them reach, in time of their own."""
 GEMM_FLOPS_PER_US = 6.0e8
 """What a low-rank product by cuBLAS reaches."""
-
-WEIGHT_US = 1.2
+WEIGHT_US = 4.0
 """What a pass over a weight takes beyond that, because a small weight does not keep a large GPU busy."""
+NARROW_WEIGHT_US = 4.0
+"""What it takes in addition with a rank below 16, the least that a tile can have: masked loads are slower."""
 
 
 def _pass_us(num_elements: int, rank: int, flops_per_us: float = FLOPS_PER_US) -> float:
     # two bytes are read and two written for each element, and it takes part in ``rank`` multiplications
     return 4 * num_elements / BYTES_PER_US + 2 * num_elements * rank / flops_per_us
+
+
+def _weight_us(in_features: int, out_features: int, rank: int) -> float:
+    return WEIGHT_US + (NARROW_WEIGHT_US if 0 < rank < 16 else 0.0) + _pass_us(in_features * out_features, rank)
 
 
 def choose_form(num_tokens: int, in_features: int, out_features: int, rank: int) -> Form:
@@ -29,7 +36,7 @@ def choose_form(num_tokens: int, in_features: int, out_features: int, rank: int)
     ``composed`` multiplies by W, then adds and scales: one pass over the output. x A^T is not counted, as the backward
     pass needs it in any case. The estimates are for two-byte elements.
     """
-    merged = WEIGHT_US + _pass_us(in_features * out_features, rank)
+    merged = _weight_us(in_features, out_features, rank)
     return "merged" if merged < _pass_us(num_tokens * out_features, rank) else "composed"
 
 
@@ -39,7 +46,7 @@ def choose_backward_form(num_tokens: int, in_features: int, out_features: int, r
     ``composed`` writes g dy while dy is read for other gradients: half a pass over the output's gradient. It then adds
     the low-rank parts of all ``num_layers`` layers that share x to dx in one product: a pass over the input's gradient.
     """
-    merged = num_layers * (WEIGHT_US + _pass_us(in_features * out_features, rank))
+    merged = num_layers * _weight_us(in_features, out_features, rank)
     composed = num_layers * _pass_us(num_tokens * out_features, 0) / 2
     composed += _pass_us(num_tokens * in_features, num_layers * rank, GEMM_FLOPS_PER_US)
     return "merged" if merged < composed else "composed"

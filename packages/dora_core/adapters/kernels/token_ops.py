@@ -127,14 +127,15 @@ def _dropped_product_launch(
     dropout: float,
 ) -> tuple[int, Launch]:
     block_r = rank_block(rank)
+    block_n = 64 if torch.float32 in (dtype, a_dtype) else 128  # loads in flight fill the shared memory
     token_blocks, rank_blocks = cdiv(num_tokens, 64), cdiv(rank, block_r)
-    parts, per_part = split(num_columns, 128, token_blocks * rank_blocks, NUM_PROGRAMS)
+    parts, per_part = split(num_columns, block_n, token_blocks * rank_blocks, NUM_PROGRAMS)
     return parts, _dropped_product_kernel.bind(
         (token_blocks, parts, rank_blocks),
         (num_tokens, num_columns, per_part, dropout_threshold(dropout), *strides),
         RANK=rank,
         BLOCK_T=64,
-        BLOCK_N=128,
+        BLOCK_N=block_n,
         BLOCK_R=block_r,
         **operand(dtype),
     )
