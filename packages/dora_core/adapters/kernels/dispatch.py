@@ -13,6 +13,8 @@ from torch import Tensor
 from dora_core.adapters.kernels.projection import Projection, Stack
 
 MIN_CAPABILITY = (8, 0)
+SHARED_KIB = 163
+"""Shared memory that a program may take: an A100's. Consumer GPUs of the same generations have 99."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_FP32_RANK = 64
 
@@ -35,13 +37,23 @@ def _why_not_fused(device: str, dtype: torch.dtype, dropout: float, dropout_mode
         return f"they run on CUDA, not on the {device}"
     if device == "cuda" and torch.version.hip:
         return "they were never tried on ROCm"
-    if device == "cuda" and (capability := torch.cuda.get_device_capability()) < MIN_CAPABILITY:
-        name, needed = torch.cuda.get_device_name(), ".".join(map(str, MIN_CAPABILITY))
-        return f"they need compute capability {needed} and {name} has {'.'.join(map(str, capability))}"
+    if device == "cuda" and (reason := _why_not_on_gpu()) is not None:
+        return reason
     if dtype not in DTYPES:
         return f"they compute in bf16, fp16 and fp32, not in {str(dtype).removeprefix('torch.')}"
     if dropout > 0 and dropout_mode == "update":
         return "they have no adapter.dropout_mode update, which takes a second base product, but lowrank"
+    return None
+
+
+def _why_not_on_gpu() -> str | None:
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    if capability < MIN_CAPABILITY:
+        needed, found = (".".join(map(str, version)) for version in (MIN_CAPABILITY, capability))
+        return f"they need compute capability {needed} and {name} has {found}"
+    shared_kib = torch.cuda.get_device_properties().shared_memory_per_block_optin // 1024
+    if shared_kib < SHARED_KIB:
+        return f"they need {SHARED_KIB} KiB of shared memory and {name} has {shared_kib}"
     return None
 
 

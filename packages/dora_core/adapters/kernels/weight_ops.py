@@ -52,7 +52,7 @@ def _row_norm_launch(
         BATCH=batch,
         BLOCK_M=block_m,
         BLOCK_N=128,
-        STAGES=3,
+        STAGES=3 if dtype.itemsize == 2 else 2,  # loads in flight fill the shared memory
         **tiles,
         **types,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -397,3 +398,20 @@ def test_fused_where_it_cannot_run_is_an_error_that_says_why(monkeypatch):
         assert not DoRALinear(nn.Linear(8, 8), 2, 4.0)._is_fused(torch.randn(2, 8))
     finally:
         dispatch._why_not_fused.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared_kib", "reason"),
+    [
+        ((9, 0), 227, None),
+        ((8, 0), 163, None),
+        ((8, 9), 99, "they need 163 KiB of shared memory and A card has 99"),
+        ((7, 5), 64, "they need compute capability 8.0 and A card has 7.5"),
+    ],
+)
+def test_a_gpu_that_is_too_small_is_named(monkeypatch, capability, shared_kib, reason):
+    properties = SimpleNamespace(shared_memory_per_block_optin=shared_kib * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    assert dispatch._why_not_on_gpu() == reason
