@@ -9,63 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
+from launched import command, environment, processes_of, wait_until
 
-from dora_core.engine.distributed import free_port
-from dora_core.registry import PIPELINES
 from dora_core.training.checkpoint import CheckpointStore
 from dora_core.training.metrics import read_metrics
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def command(*overrides: str) -> list[str]:
-    deepspeed = Path(sys.executable).with_name("deepspeed")
-    script = ROOT / "pipelines" / "llm" / "train.py"
-    return [
-        str(deepspeed),
-        "--num_gpus",
-        "2",
-        "--master_port",
-        str(free_port()),
-        str(script),
-        "--config",
-        "tiny",
-        *overrides,
-    ]
-
-
-def environment() -> dict[str, str]:
-    # No PYTHONPATH: the script finds its checkout by itself, from any directory.
-    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-
-
-def processes_of(run: str) -> list[int]:
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
-        if run in words:
-            found.append(int(folder.name))
-    return found
-
-
-def wait_until(condition, timeout_s: float) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.2)
-    return False
-
-
-@pytest.fixture
-def folder(tmp_path):
-    PIPELINES.get("llm").prepare([str(tmp_path / "data" / "world")])
-    return tmp_path
 
 
 def test_sigterm_to_the_launcher_saves_stops_every_rank_and_the_run_goes_on(folder):

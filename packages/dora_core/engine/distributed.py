@@ -143,7 +143,7 @@ def stop_with_launcher(poll_s: float = 1.0) -> None:
         return
 
     def watch() -> None:
-        while all(_start_time(pid) == started for pid, started in watched.items()):
+        while all(start_time(pid) == started for pid, started in watched.items()):
             threading.Event().wait(poll_s)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -161,16 +161,21 @@ def _launcher_ancestors() -> dict[int, str]:
             break
         if not any(word in command for word in ("deepspeed", "torchrun", "torch.distributed")):
             break
-        found[pid] = _start_time(pid)
+        found[pid] = start_time(pid)
         pid = parent
     return found
 
 
-def _start_time(pid: int) -> str:
-    try:  # a process identifier can be taken again; the start time tells the two apart
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+def start_time(pid: int) -> str:
+    """Return when a process began, in the kernel's ticks, or nothing if it has ended.
+
+    An identifier can be taken again; the start time tells the two apart.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
+    return "" if fields[0] in "ZX" else fields[19]
 
 
 def free_port() -> int:

@@ -41,6 +41,13 @@ class CheckpointStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def how_to_go_on(self) -> str:
+        """Return what to tell the user of a run that broke off."""
+        steps = self.steps()
+        if not steps:
+            return "No checkpoint was saved yet: start again."
+        return f"Start it again with --run.resume auto, and it goes on from step {max(steps)}."
+
     def steps(self) -> list[int]:
         """Return the steps that have a folder, oldest first, verified or not."""
         found = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*"))

@@ -17,6 +17,7 @@ import torch
 from dora_core.data.sampler import StepPlan
 from dora_core.engine.build import Engine
 from dora_core.engine.distributed import World, bound_collectives, stop_with_launcher
+from dora_core.engine.peers import Peers
 from dora_core.engine.state import restore_weights
 from dora_core.training.checkpoint import CheckpointError, CheckpointStore
 from dora_core.training.folder import open_run_folder
@@ -45,6 +46,7 @@ class Run:
         self._log: MetricLog | None = None
         self._lock: Any = None
         self._bar: Any = None
+        self._peers: Any = None
         self.speed = Speedometer()
 
     @classmethod
@@ -53,12 +55,15 @@ class Run:
         """Join the ranks, open the run folder and seed everything; close it all at the end.
 
         SIGTERM, SIGUSR1 and Ctrl-C set ``stop_requested`` while the loop steps, which then saves; before and after,
-        when there is nothing to save, they end the process at once. Raises ``ValueError`` as ``open_run_folder`` does.
+        when there is nothing to save, they end the process at once. Raises ``ValueError`` as ``open_run_folder`` does,
+        and ``LostRankError`` where another rank of this machine was killed; a rank that waits for it in a collective
+        that never returns is ended.
         """
         world = World.start(config.deepspeed.timeout_s)
         run = cls(config, world)
         before = {number: signal.signal(number, run._request_stop) for number in _stop_signals()}
         stop_with_launcher()
+        run._peers = Peers(world, run.checkpoints.how_to_go_on)
         try:
             run._log, run._lock = open_run_folder(config, world, run.checkpoints, run.say)
             seed = config.run.seed * 100_003 + world.rank
@@ -68,11 +73,16 @@ class Run:
             if config.run.deterministic:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
                 torch.use_deterministic_algorithms(True)
-            yield run
+            with run._peers.blamed():
+                yield run
+                run._peers.part()
         finally:
+            run._peers.stop()
             for number, handler in before.items():
-                signal.signal(number, handler)
-            run._close()
+                if signal.getsignal(number) == run._request_stop:
+                    signal.signal(number, handler)
+            for resource in filter(None, (run._log, run._lock)):
+                resource.close()
 
     def say(self, text: Any) -> None:
         """Print on rank 0, clear of the progress bar."""
@@ -110,7 +120,8 @@ class Run:
         }
         step, exists = None, False
         if self.config.run.resume != "never":
-            step, exists = self.world.broadcast(self.world.on_main(self._newest))
+            newest = self.world.on_main(lambda: (self.checkpoints.newest(self.say), bool(self.checkpoints.steps())))
+            step, exists = self.world.broadcast(newest)
             if step is None and (self.config.run.resume == "must" or exists):
                 raise CheckpointError(
                     f"run.resume is {self.config.run.resume!r}, but {self.checkpoints.folder} holds no checkpoint that "
@@ -131,9 +142,6 @@ class Run:
         self.world.on_main(lambda: self._log.drop_after(progress.step))
         self.speed.restart(progress)
         return progress
-
-    def _newest(self) -> tuple[int | None, bool]:
-        return self.checkpoints.newest(self.say), bool(self.checkpoints.steps())
 
     def save(self, engine: Engine, progress: Progress) -> None:
         """Write a checkpoint, then delete those no longer wanted. Every rank must call it."""
@@ -208,7 +216,8 @@ class Run:
             )
         self._stepping = True
         try:
-            yield
+            with self._peers.blamed():
+                yield
         finally:
             self._stepping = False
             if self._bar is not None:
@@ -216,7 +225,8 @@ class Run:
                 self._bar = None
             if self._log is not None and self._log.path.is_file():
                 plot_losses({self.config.run.name: self._log.path}, self.folder / "loss.png")
-        if self.stop_requested:  # in the last step, which is saved
+        if self.world.sum([self.stop_requested])[0]:  # in the last step, which is saved
+            self._peers.part()
             raise SystemExit(EXIT_STOPPED)
 
     def leave_stopped(self, engine: Engine, progress: Progress) -> None:
@@ -224,13 +234,8 @@ class Run:
         if progress.step != self._saved_step:
             self.save(engine, progress)
         self.say(f"stopped on request at step {progress.step}; go on with --run.resume auto")
+        self._peers.part()
         raise SystemExit(EXIT_STOPPED)
-
-    def _close(self) -> None:
-        if self._log is not None:
-            self._log.close()
-        if self._lock is not None:
-            self._lock.close()
 
     def _request_stop(self, number: int, frame: Any) -> None:
         if not self._stepping:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from dora_core.adapters.stored import named_base
 from dora_core.config import exit_with_message, load_config, require, split_arguments
 from dora_core.engine.distributed import World
+from dora_core.engine.peers import LostRankError
 
 C = TypeVar("C")
 
@@ -97,8 +98,11 @@ def run_script(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("DORA_TRACEBACK"):
             raise
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # rank 0 mostly says the same first, and the launcher then ends this process
+        speaks = error.speaks if isinstance(error, LostRankError) else os.environ.get("RANK", "0") == "0"
+        if not speaks:
+            time.sleep(5)  # that one mostly says the same first, and the launcher then ends this process
+        if isinstance(error, LostRankError):
+            print(file=sys.stderr)  # clear of another rank's bar
         exit_with_message(error)
     # Only after success: after a failure others may be waiting in a collective, and leaving the group waits for them.
     if dist.is_available() and dist.is_initialized():

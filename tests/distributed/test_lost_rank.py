@@ -1,0 +1,98 @@
+"""A rank that is killed: the others stop with one message, and the run goes on from its newest whole checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launched import command, environment, processes_of, wait_until
+
+from dora_core.engine.distributed import free_port
+from dora_core.training.checkpoint import CheckpointStore
+from dora_core.training.metrics import read_metrics
+
+WAITING = """
+import ctypes, os, sys, time
+from dora_core.engine.distributed import World
+from dora_core.engine.peers import Peers
+world = World.start()
+peers = Peers(world, lambda: "Start again.")
+open(f"{sys.argv[1]}/ready{world.rank}", "w").write(str(os.getpid()))
+ctypes.CDLL(None).sleep(600)  # as a collective that never returns: no error, no Python in the main thread
+"""
+
+
+def process_of_rank(run: str, rank: int) -> int:
+    for pid in processes_of(run):
+        try:
+            words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+            started_by = Path(f"/proc/{parent}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if f"LOCAL_RANK={rank}".encode() in words and b"launch" in started_by:  # not one of its data workers
+            return pid
+    raise AssertionError("the rank is not running")
+
+
+@pytest.mark.parametrize(("rank", "when"), [(0, "step"), (1, "step"), (0, "save"), (1, "save")])
+def test_when_a_rank_is_killed_the_others_stop_with_one_message_and_the_run_goes_on(folder, rank, when):
+    run = f"lost-{rank}-{when}-{os.getpid()}"
+    every = "1" if when == "save" else "4"
+    overrides = ["--run.name", run, "--train.max_steps", "5000", "--train.save_every", every, "--train.log_every", "1"]
+    overrides += ["--train.eval_every", "5000", "--data.num_workers", "0"]
+    metrics, store = folder / "runs" / run / "metrics.jsonl", CheckpointStore(folder / "runs" / run / "checkpoints")
+    log = folder / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command(*overrides), cwd=folder, stdout=file, stderr=file, env=environment())
+        assert wait_until(lambda: metrics.is_file() and len(read_metrics(metrics)) >= 6, 120), log.read_text()
+        pid = process_of_rank(run, rank)
+        if when == "save":
+            deadline = time.monotonic() + 60
+            while not any(not path.name.startswith("step-") for path in store.folder.iterdir()):
+                assert time.monotonic() < deadline
+        os.kill(pid, signal.SIGKILL)
+        began = time.monotonic()
+        assert process.wait(60) != 0
+        assert wait_until(lambda: not processes_of(run), 60 - (time.monotonic() - began))
+    said = log.read_text()
+    (message,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert message.startswith(f"error: Rank {rank} (process {pid}) has ended, and the others cannot go on without it.")
+    assert "Traceback" not in said, said[-3000:]
+    step = store.newest()
+    assert step and message.endswith(f"Start it again with --run.resume auto, and it goes on from step {step}.")
+
+    overrides[3] = str(step + 2)
+    done = subprocess.run(
+        command(*overrides, "--run.resume", "auto"),
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"step-{step:08d}" in next(line for line in done.stdout.splitlines() if line.startswith("resumed from"))
+    rows = [row["step"] for row in read_metrics(metrics) if "loss" in row]
+    assert rows == list(range(1, step + 3))
+
+
+def test_a_rank_whose_collective_never_returns_is_ended(tmp_path):
+    ranks = []
+    port = str(free_port())
+    for rank in (0, 1):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env = {**os.environ, **{key: str(value) for key, value in variables.items()}, "CUDA_VISIBLE_DEVICES": ""}
+        ranks.append(subprocess.Popen([sys.executable, "-c", WAITING, str(tmp_path)], stderr=subprocess.PIPE, env=env))
+    assert wait_until(lambda: len([*tmp_path.glob("ready*")]) == 2, 60)
+    ranks[0].kill()
+    _, said = ranks[1].communicate(timeout=30)
+    assert ranks[1].returncode == 1
+    expected = f"error: Rank 0 (process {ranks[0].pid}) has ended, and the others cannot go on without it. Start again."
+    assert said.decode().splitlines()[-1] == expected
+    ranks[0].wait()
