@@ -40,10 +40,7 @@ def main() -> None:
     own.output.mkdir(parents=True, exist_ok=True)
     model = own.output / "shape"
     if not (model / "config.json").is_file():
-        texts = ["".join(render(row, "alpaca_reference")) for row in read_rows(own.rows)]
-        tokenizer = train_tokenizer(texts, 32000, model)
-        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        LlamaConfig(vocab_size=32000, max_position_embeddings=2048, **SHAPES[own.shape], **ids).save_pretrained(model)
+        write_shape(model, own.shape, own.rows)
     results = []
     for setting in own.settings.split(","):
         zero, _, packing = setting.partition("-packed")
@@ -58,6 +55,14 @@ def main() -> None:
     plot_losses({r["setting"]: own.output / r["setting"] / "metrics.jsonl" for r in done}, own.output / "loss.png")
     (own.output / "results.md").write_text(table(done), encoding="utf-8")
     print(table(done))
+
+
+def write_shape(folder: Path, shape: str, rows: str) -> None:
+    """Write the configuration of LLaMA's shape and a tokenizer trained on ``rows``, of 32,000 entries at most."""
+    texts = ["".join(render(row, "alpaca_reference")) for row in read_rows(rows)]
+    tokenizer = train_tokenizer(texts, 32000, folder)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    LlamaConfig(vocab_size=32000, max_position_embeddings=2048, **SHAPES[shape], **ids).save_pretrained(folder)
 
 
 def run(own: argparse.Namespace, model: Path, setting: str, zero: str, pack_length: int | None) -> dict:

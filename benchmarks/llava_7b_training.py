@@ -74,13 +74,7 @@ def run(own: argparse.Namespace, model: Path, data: Path, setting: str) -> dict:
     zero, kind = setting.split("-")
     batch_size = own.micro_batch_size * max(1, torch.cuda.device_count())
     overrides = {
-        "model.path": model,
-        "model.from_scratch": "true",
-        "model.language_model": "null",
-        "model.vision_tower": "null",
-        "model.projector": "null",
-        "data.train": f"[{data / 'rows.json'}]",
-        "data.images": data,
+        **source(model, data),
         "data.num_workers": own.workers,
         "train.global_batch_size": batch_size,
         "train.micro_batch_size": own.micro_batch_size,
@@ -93,6 +87,19 @@ def run(own: argparse.Namespace, model: Path, data: Path, setting: str) -> dict:
     if "num_images" in figures:
         figures["images_per_s"] = figures["num_images"] / figures["step_time_s"]
     return figures
+
+
+def source(model: Path, data: Path) -> dict[str, str]:
+    """Return the overrides that name the shape's configuration and the generated rows."""
+    return {
+        "model.path": str(model),
+        "model.from_scratch": "true",
+        "model.language_model": "null",
+        "model.vision_tower": "null",
+        "model.projector": "null",
+        "data.train": f"[{data / 'rows.json'}]",
+        "data.images": str(data),
+    }
 
 
 def write_rows(folder: Path, num_rows: int, num_pictures: int) -> None:

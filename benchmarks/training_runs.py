@@ -21,8 +21,18 @@ from dora_core.training.metrics import read_metrics
 TOTALS = {"num_images"}
 
 
-def run_recipe(pipeline: str, recipe: str, overrides: Mapping[str, Any], output: Path, name: str, warmup: int) -> dict:
-    """Run a recipe on all GPUs as run ``name`` below ``output``; return its figures, or ``error`` and the log's end.
+def run_recipe(
+    pipeline: str,
+    recipe: str,
+    overrides: Mapping[str, Any],
+    output: Path,
+    name: str,
+    warmup: int,
+    num_gpus: int | None = None,
+) -> dict:
+    """Run a recipe as run ``name`` below ``output``; return its figures, or ``error`` and the log's end.
+
+    Without ``num_gpus`` it runs on all; without a GPU they are ranks on the CPU.
 
     Medians and interquartile ranges are over the steps after ``warmup``.
     """
@@ -36,7 +46,7 @@ def run_recipe(pipeline: str, recipe: str, overrides: Mapping[str, Any], output:
     }
     arguments = ["--config", recipe, *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]
     script = ROOT / "pipelines" / pipeline / "train.py"
-    command = launch_command(script, arguments, max(1, torch.cuda.device_count()))
+    command = launch_command(script, arguments, num_gpus or max(1, torch.cuda.device_count()))
     log = output / f"{name}.log"
     log.unlink(missing_ok=True)
     result = launch(command, log)

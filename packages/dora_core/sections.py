@@ -144,6 +144,12 @@ class LogSection:
     wandb_project: str | None = None
     """Needs the extra ``wandb``."""
     progress: bool = True
+    profile_step: int | None = None
+    """Profile three steps from this one on, on rank 0: ``profile.json`` and ``trace.json.gz`` in the run's folder."""
+
+    def __post_init__(self) -> None:
+        given = self.profile_step
+        require(given is None or given > 1, "log.profile_step", given, "2 or more, or absent", "Step 1 is a warm-up.")
 
 
 @section

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dora_core.engine.distributed import RankFailureError, World, start_time
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 POLL_S = 1.0
 LAST_WORDS_S = 3.0
 """How long a broken connection may be known before the death of the rank at its other end is."""
@@ -73,7 +74,7 @@ class Peers:
                     raise
                 time.sleep(0.05)
             self.stop()
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
             raise lost from error
 

@@ -17,11 +17,12 @@ import torch
 from dora_core.data.sampler import StepPlan
 from dora_core.engine.build import Engine
 from dora_core.engine.distributed import World, bound_collectives, stop_with_launcher
-from dora_core.engine.peers import Peers
+from dora_core.engine.peers import STOP_SIGNALS, Peers
 from dora_core.engine.state import restore_weights
 from dora_core.training.checkpoint import CheckpointError, CheckpointStore
 from dora_core.training.folder import open_run_folder
 from dora_core.training.metrics import MetricLog, plot_losses
+from dora_core.training.profiling import StepProfiler
 from dora_core.training.progress import Progress
 from dora_core.training.script import EXIT_STOPPED
 from dora_core.training.speed import Speedometer
@@ -47,6 +48,7 @@ class Run:
         self._lock: Any = None
         self._bar: Any = None
         self._peers: Any = None
+        self._profiler: Any = None
         self.speed = Speedometer()
 
     @classmethod
@@ -61,11 +63,12 @@ class Run:
         """
         world = World.start(config.deepspeed.timeout_s)
         run = cls(config, world)
-        before = {number: signal.signal(number, run._request_stop) for number in _stop_signals()}
+        before = {number: signal.signal(number, run._request_stop) for number in STOP_SIGNALS}
         stop_with_launcher()
         run._peers = Peers(world, run.checkpoints.how_to_go_on)
         try:
             run._log, run._lock = open_run_folder(config, world, run.checkpoints, run.say)
+            run._profiler = StepProfiler(config.log.profile_step if world.is_main else None, run.folder)
             seed = config.run.seed * 100_003 + world.rank
             torch.manual_seed(seed)
             random.seed(seed)
@@ -179,6 +182,7 @@ class Run:
                 f"The gradient was not finite for {engine.num_skipped_in_row} steps in a row, up to {progress.step}. "
                 "Lower train.lr, set train.clip_grad_norm, or use train.precision: bf16 or fp32."
             )
+        self._profiler.after_step(progress.step)
         if self._bar is not None:
             self._bar.update(1)
         if not progress.due(self.config.train.log_every, num_steps) and progress.step > 1:
@@ -243,7 +247,3 @@ class Run:
         if self.stop_requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.stop_requested = True
-
-
-def _stop_signals() -> tuple[signal.Signals, ...]:
-    return (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
