@@ -1,0 +1,160 @@
+"""Fine-tune and merge a LLaMA that does not fit one GPU: ZeRO-3 from shards on disk, with memory of GPUs and host.
+
+    python benchmarks/sharded_model.py --rows data/commonsense --output runs/sharded [--shape 65b] [--layers 60]
+
+Random bf16 weights are written layer by layer, a shard for each; the recipe ``llama_7b_dora_r32`` trains on them for
+some steps under ZeRO-3 on all GPUs, and ``dora merge`` merges its adapter. Host memory is the peak, over the processes
+of a part together, of memory of their own (``anonymous``) and of files mapped into it (``mapped``: pages of the
+checkpoint, which the kernel takes back when it needs them), sampled ten times a second. Writes ``sharded_model.json``.
+``--shape tiny`` tries it on CPU ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from llama_7b_training import write_shape
+from measuring import write_json
+from safetensors.torch import save_file
+from training_runs import ROOT, environment, run_recipe
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SHAPES = {
+    "65b": {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write, train, merge; return 1 if a part failed."""
+    own = parse(arguments)
+    own.output.mkdir(parents=True, exist_ok=True)
+    base, merged = own.base or own.output / "base", own.output / "merged"
+    began = time.perf_counter()
+    num_bytes = write_base(base, own)
+    content: dict[str, Any] = {"environment": environment(), "arguments": vars(own)}
+    content["base"] = {"gib": num_bytes / 2**30, "seconds": time.perf_counter() - began}
+    overrides = {
+        "model.path": base,
+        "data.train": f"[{own.rows}]",
+        "data.num_workers": 0,
+        "deepspeed.config": "zero3",
+        "train.global_batch_size": own.batch_size * max(own.num_ranks, torch.cuda.device_count()),
+        "train.micro_batch_size": own.batch_size,
+        "train.max_steps": own.steps,
+        "train.eval_every": own.steps,
+        "train.save_every": own.steps,
+    }
+    began = time.perf_counter()
+    with host_memory("train.py") as memory:
+        ranks = None if torch.cuda.is_available() else own.num_ranks
+        figures = run_recipe("llm", "llama_7b_dora_r32", overrides, own.output, "run", own.steps // 2, ranks)
+    content["training"] = {**figures, "seconds": time.perf_counter() - began, "host_gib": memory}
+    write_json(own.output / "sharded_model.json", content)
+    if "error" not in figures and own.merge:
+        command = [sys.executable, "-m", "dora_core.cli", "merge", "llm", "--base", str(base), "--output", str(merged)]
+        began = time.perf_counter()
+        with host_memory("dora_core.cli") as memory:
+            done = subprocess.run([*command, "--adapter", str(own.output / "run" / "adapter")], cwd=ROOT)
+        seconds = time.perf_counter() - began
+        content["merging"] = {"exit_status": done.returncode, "seconds": seconds, "host_gib": memory}
+    write_json(own.output / "sharded_model.json", content)
+    print(json.dumps(content, indent=1, default=str))
+    return int("error" in figures or content.get("merging", {}).get("exit_status", 0) != 0)
+
+
+def write_base(folder: Path, own: argparse.Namespace) -> int:
+    """Write config, tokenizer and random bf16 weights, a shard for each layer; return the weights' bytes."""
+    if not (folder / "config.json").is_file():
+        write_shape(folder, "tiny", own.rows)
+    sizes = {**SHAPES[own.shape], **({"num_hidden_layers": own.layers} if own.layers else {})}
+    config = LlamaConfig.from_pretrained(folder, **sizes, torch_dtype=torch.bfloat16)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).named_parameters()}
+    shards: dict[str, dict[str, torch.Size]] = {}
+    for name, shape in shapes.items():
+        words = name.split(".")
+        shards.setdefault(f"layer-{words[2]}" if words[1] == "layers" else "rest", {})[name] = shape
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+    num_bytes, weight_map = 0, {}
+    for shard, members in shards.items():
+        file = f"model-{shard}.safetensors"
+        weight_map |= dict.fromkeys(members, file)
+        tensors = {name: random_weight(shape, generator) for name, shape in members.items()}
+        num_bytes += sum(tensor.numel() * 2 for tensor in tensors.values())
+        save_file(tensors, folder / file, {"format": "pt"})
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return num_bytes
+
+
+def random_weight(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Return a weight of standard deviation 0.02, or the ones of a norm, on the CPU."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    weight = torch.empty(shape, dtype=torch.bfloat16, device=generator.device)
+    return weight.normal_(0, 0.02, generator=generator).cpu()
+
+
+@contextmanager
+def host_memory(word: str) -> Iterator[dict[str, float]]:
+    """Give the peaks, in GiB, of all processes together that have ``word`` in their command line."""
+    peaks = {"anonymous": 0.0, "mapped": 0.0}
+    stopped = threading.Event()
+
+    def watch() -> None:
+        while not stopped.wait(0.1):
+            sums = {"RssAnon": 0, "RssFile": 0}
+            for folder in Path("/proc").glob("[0-9]*"):
+                try:
+                    if word not in (folder / "cmdline").read_text(errors="replace"):
+                        continue
+                    lines = (folder / "status").read_text().splitlines()
+                except OSError:
+                    continue
+                for line in lines:
+                    key, _, value = line.partition(":")
+                    if key in sums:
+                        sums[key] += int(value.split()[0])
+            peaks["anonymous"] = max(peaks["anonymous"], sums["RssAnon"] / 2**20)
+            peaks["mapped"] = max(peaks["mapped"], sums["RssFile"] / 2**20)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peaks
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", required=True, help="folder with <task>/train.json, or a file of rows")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--base", type=Path, help="folder of the weights (OUTPUT/base); may be in memory, as /dev/shm")
+    parser.add_argument("--shape", choices=SHAPES, default="65b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=4, help="rows per GPU and step")
+    parser.add_argument("--num-ranks", type=int, default=2, help="without a GPU")
+    parser.add_argument("--no-merge", dest="merge", action="store_false")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
