@@ -45,6 +45,8 @@ def main(arguments: Sequence[str]) -> None:
     limit = own.time_limit
     require(limit is None or 0 < limit < math.inf, "--time-limit", limit, "a positive number of seconds")
     require(own.jobs >= 1, "--jobs", own.jobs, "1 or more")
+    if own.num_gpus is None:
+        own.num_gpus = max(1, torch.cuda.device_count() // own.jobs)
     require(own.num_gpus >= 1, "--num_gpus", own.num_gpus, "1 or more", "Without a GPU it counts processes.")
     pipeline = PIPELINES.get(own.pipeline)
     output = own.output or Path("runs") / "sweep" / Path(own.recipe).stem
@@ -125,9 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--metric", help="what to compare, such as boolq (the last of the results: the average)")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop a run after so long (no limit)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, which take the GPUs in turn (1)")
-    parser.add_argument(
-        "--num_gpus", type=int, default=max(1, torch.cuda.device_count()), help="ranks of a run (all GPUs)"
-    )
+    parser.add_argument("--num_gpus", type=int, help="ranks of a run (all GPUs, or each job's share of them)")
     parser.add_argument(
         "--together",
         action="append",
