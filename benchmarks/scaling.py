@@ -6,7 +6,7 @@
 same rows per GPU: tokens/s per GPU, the efficiency against one GPU, peak GiB, and the shares of three profiled steps in
 which NCCL runs at all and alone. ``losses``: the LLaMA shape in few layers and fp32, the same global batch on each
 number of GPUs, against one GPU with another micro-batch (rounding alone); and a run that goes on from its checkpoint on
-half as many GPUs. Writes ``scaling.json`` and ``scaling.png`` after each run. ``--shape tiny`` tries it on CPU ranks.
+half as many GPUs. Writes ``scaling.json`` after each run, and ``scaling.png``. ``--shape tiny`` tries it on CPU ranks.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dora_core.training.metrics import read_metrics
 
+PROFILED_STEP = 4
+"""With the two after it among the steps of warm-up: a profile slows them down, and its end the next one."""
 COLUMNS = {
     "shape": "",
     "zero": "",
@@ -92,7 +94,7 @@ def speed(own: argparse.Namespace, llama: Path, llava: Path, data: Path) -> Iter
             "train.global_batch_size": rows_per_gpu * count,
             "train.max_steps": own.steps,
             "train.save_every": own.steps,
-            "log.profile_step": own.steps - 3,
+            "log.profile_step": PROFILED_STEP,
         }
         name = f"{shape}-{zero}-{count}"
         figures = run_recipe(pipeline, recipe, overrides, own.output, name, own.warmup, count)
@@ -196,8 +198,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--counts", help="numbers of GPUs (1, 2, 4, 8 as far as there are so many)")
     parser.add_argument("--shapes", default="llama,llava")
     parser.add_argument("--zero", default="zero2,zero3")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--warmup", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--warmup", type=int, default=8, help="steps before those that count, at least 7")
     parser.add_argument("--pack-length", type=int, default=512, help="tokens of a packed row of the LLaMA shape")
     parser.add_argument("--workers", type=int, default=4, help="data workers of each rank")
     parser.add_argument("--shape", choices=llama_7b_training.SHAPES, default="7b")

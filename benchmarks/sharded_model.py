@@ -4,8 +4,9 @@
 
 Random bf16 weights are written layer by layer, a shard for each; the recipe ``llama_7b_dora_r32`` trains on them for
 some steps under ZeRO-3 on all GPUs, and ``dora merge`` merges its adapter. Host memory is the peak, over the processes
-of a part together, of memory of their own (``anonymous``) and of files mapped into it (``mapped``: pages of the
-checkpoint, which the kernel takes back when it needs them), sampled ten times a second. Writes ``sharded_model.json``.
+of a part together, of memory of their own (``anonymous``) and of files mapped into it (``mapped``: above all pages of
+the checkpoint, which count once for each process that has them, and which the kernel takes back when it needs them,
+unless they are files in memory), sampled ten times a second. Writes ``sharded_model.json``.
 ``--shape tiny`` tries it on CPU ranks.
 """
 
@@ -44,12 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     num_bytes = write_base(base, own)
     content: dict[str, Any] = {"environment": environment(), "arguments": vars(own)}
     content["base"] = {"gib": num_bytes / 2**30, "seconds": time.perf_counter() - began}
+    num_ranks = torch.cuda.device_count() or own.num_ranks
     overrides = {
         "model.path": base,
         "data.train": f"[{own.rows}]",
         "data.num_workers": 0,
         "deepspeed.config": "zero3",
-        "train.global_batch_size": own.batch_size * max(own.num_ranks, torch.cuda.device_count()),
+        "train.global_batch_size": own.batch_size * num_ranks,
         "train.micro_batch_size": own.batch_size,
         "train.max_steps": own.steps,
         "train.eval_every": own.steps,
@@ -57,8 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     began = time.perf_counter()
     with host_memory("train.py") as memory:
-        ranks = None if torch.cuda.is_available() else own.num_ranks
-        figures = run_recipe("llm", "llama_7b_dora_r32", overrides, own.output, "run", own.steps // 2, ranks)
+        figures = run_recipe("llm", "llama_7b_dora_r32", overrides, own.output, "run", own.steps // 2, num_ranks)
     content["training"] = {**figures, "seconds": time.perf_counter() - began, "host_gib": memory}
     write_json(own.output / "sharded_model.json", content)
     if "error" not in figures and own.merge:
@@ -117,7 +118,7 @@ def host_memory(word: str) -> Iterator[dict[str, float]]:
 
     def watch() -> None:
         while not stopped.wait(0.1):
-            sums = {"RssAnon": 0, "RssFile": 0}
+            sums = {"RssAnon": 0, "RssFile": 0, "RssShmem": 0}
             for folder in Path("/proc").glob("[0-9]*"):
                 try:
                     if word not in (folder / "cmdline").read_text(errors="replace"):
@@ -130,7 +131,7 @@ def host_memory(word: str) -> Iterator[dict[str, float]]:
                     if key in sums:
                         sums[key] += int(value.split()[0])
             peaks["anonymous"] = max(peaks["anonymous"], sums["RssAnon"] / 2**20)
-            peaks["mapped"] = max(peaks["mapped"], sums["RssFile"] / 2**20)
+            peaks["mapped"] = max(peaks["mapped"], (sums["RssFile"] + sums["RssShmem"]) / 2**20)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

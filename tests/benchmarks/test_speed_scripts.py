@@ -148,3 +148,18 @@ def test_a_file_of_results_is_whole_and_has_no_nan(tmp_path):
     measuring.write_json(path, {"rows": [{"extra_gib": float("nan"), "us": 1.5}]})
     assert json.loads(path.read_text()) == {"rows": [{"extra_gib": None, "us": 1.5}]}
     assert [file.name for file in path.parent.iterdir()] == ["rows.json"]
+
+
+def test_the_cost_rule_is_within_its_limit_of_the_saved_times():
+    rows = json.loads((measuring.RESULTS / "kernels.json").read_text())["forms"]
+    num_timed = 0
+    for row in rows:
+        sizes = (row["tokens"], row["in"], row["out"], row["rank"])
+        chosen = (kernel_forms.choose_form(*sizes), kernel_forms.choose_backward_form(*sizes))
+        times = {(form, form): row[f"{form}_us"] for form in ("merged", "composed")}
+        fastest = min(times.values())
+        times.setdefault((row["forward"], row["backward"]), row["rule_us"])
+        if chosen in times:
+            num_timed += 1
+            assert times[chosen] <= (1 + kernel_forms.LIMIT) * fastest, sizes
+    assert num_timed >= 99

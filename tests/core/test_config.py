@@ -18,6 +18,7 @@ from dora_core.adapters.config import AdapterConfig
 from dora_core.config import (
     ConfigError,
     DeepSpeedSection,
+    LogSection,
     TrainSection,
     dump_config,
     find_recipe,
@@ -447,3 +448,8 @@ def test_ranks_that_do_not_divide_the_batch_are_refused():
     train = TrainSection(lr=1.0, global_batch_size=16, micro_batch_size=8)
     with pytest.raises(ConfigError, match=r"16 does not divide .* 8 rows on 4 ranks\. Use train\.micro_batch_size: 4"):
         resolve_zero(DeepSpeedSection(), train, world_of(4))
+
+
+def test_the_first_step_cannot_be_profiled():
+    with pytest.raises(ValueError, match=r"log\.profile_step is 1; it must be 2 or more, or absent"):
+        LogSection(profile_step=1)

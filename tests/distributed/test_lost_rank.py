@@ -16,13 +16,18 @@ from dora_core.engine.distributed import free_port
 from dora_core.training.checkpoint import CheckpointStore
 from dora_core.training.metrics import read_metrics
 
-WAITING = """
+RANK = """
 import ctypes, os, sys, time
 from dora_core.engine.distributed import World
 from dora_core.engine.peers import Peers
 world = World.start()
 peers = Peers(world, lambda: "Start again.")
+how = sys.argv[2]
 open(f"{sys.argv[1]}/ready{world.rank}", "w").write(str(os.getpid()))
+time.sleep(0.3 * world.rank)  # the ranks look at different times
+if world.rank == 0 and how != "killed":
+    peers.leave(how)
+    sys.exit({"stopped": 75, "failed": 3}[how])
 ctypes.CDLL(None).sleep(600)  # as a collective that never returns: no error, no Python in the main thread
 """
 
@@ -62,7 +67,9 @@ def test_when_a_rank_is_killed_the_others_stop_with_one_message_and_the_run_goes
         assert wait_until(lambda: not processes_of(run), 60 - (time.monotonic() - began))
     said = log.read_text()
     (message,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert message.startswith(f"error: Rank {rank} (process {pid}) has ended, and the others cannot go on without it.")
+    assert message.startswith(
+        f"error: Rank {rank} (process {pid}) was killed or has crashed, and the others cannot go on without it."
+    )
     assert "Traceback" not in said, said[-3000:]
     step = store.newest()
     assert step and message.endswith(f"Start it again with --run.resume auto, and it goes on from step {step}.")
@@ -82,17 +89,54 @@ def test_when_a_rank_is_killed_the_others_stop_with_one_message_and_the_run_goes
     assert rows == list(range(1, step + 3))
 
 
-def test_a_rank_whose_collective_never_returns_is_ended(tmp_path):
-    ranks = []
+@pytest.mark.parametrize(("how", "status"), [("killed", 1), ("stopped", 75), ("failed", 1)])
+def test_ranks_whose_collective_never_returns_are_ended(tmp_path, how, status):
+    ranks, logs = [], []
     port = str(free_port())
-    for rank in (0, 1):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for rank in range(4):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 4, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         env = {**os.environ, **{key: str(value) for key, value in variables.items()}, "CUDA_VISIBLE_DEVICES": ""}
-        ranks.append(subprocess.Popen([sys.executable, "-c", WAITING, str(tmp_path)], stderr=subprocess.PIPE, env=env))
-    assert wait_until(lambda: len([*tmp_path.glob("ready*")]) == 2, 60)
-    ranks[0].kill()
-    _, said = ranks[1].communicate(timeout=30)
-    assert ranks[1].returncode == 1
-    expected = f"error: Rank 0 (process {ranks[0].pid}) has ended, and the others cannot go on without it. Start again."
-    assert said.decode().splitlines()[-1] == expected
-    ranks[0].wait()
+        logs.append(tmp_path / f"log{rank}")
+        with logs[-1].open("w") as log:
+            words = [sys.executable, "-c", RANK, str(tmp_path), how]
+            ranks.append(subprocess.Popen(words, stderr=log, env={**env, "OMP_NUM_THREADS": "1"}))
+    assert wait_until(lambda: len([*tmp_path.glob("ready*")]) == 4, 120)
+    if how == "killed":
+        ranks[3].kill()
+    assert [process.wait(30) for process in ranks][: 3 if how == "killed" else None][1:3] == [status, status]
+    messages = [line for log in logs for line in log.read_text().splitlines() if line.startswith("error: ")]
+    said = f"error: Rank 3 (process {ranks[3].pid}) was killed or has crashed, and the others cannot go on without it."
+    assert messages == ([f"{said} Start again."] if how == "killed" else [])
+
+
+@pytest.mark.parametrize("phase", ["scoring", "waiting for the other"])
+def test_a_rank_that_is_killed_outside_of_steps_is_named_too(folder, phase):
+    run = f"outside-{os.getpid()}"
+    overrides = ["--run.name", run, "--train.max_steps", "1", "--data.num_workers", "0"]
+    overrides += ["--evaluate.after_training", "true", "--evaluate.num_beams", "16", "--evaluate.max_new_tokens", "200"]
+    log, adapter = folder / "log", folder / "runs" / run / "adapter" / "adapter_model.safetensors"
+    with log.open("w") as file:
+        process = subprocess.Popen(command(*overrides), cwd=folder, stdout=file, stderr=file, env=environment())
+        assert wait_until(adapter.is_file, 120), log.read_text()
+        time.sleep(2)
+        pid = process_of_rank(run, 1 if phase == "scoring" else 0)
+        os.kill(pid, signal.SIGKILL)
+        assert process.wait(60) not in (0, 75)
+        assert wait_until(lambda: not processes_of(run), 60)
+    (message,) = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert f"(process {pid}) was killed or has crashed" in message and "Traceback" not in log.read_text()
+
+
+def test_a_run_that_is_told_to_stop_while_it_scores_says_nothing_of_lost_ranks(folder):
+    run = f"told-{os.getpid()}"
+    overrides = ["--run.name", run, "--evaluate.before_training", "true", "--data.num_workers", "0"]
+    overrides += ["--evaluate.num_beams", "16", "--evaluate.max_new_tokens", "200"]
+    log = folder / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command(*overrides), cwd=folder, stdout=file, stderr=file, env=environment())
+        assert wait_until((folder / "runs" / run / "config.yaml").is_file, 120), log.read_text()
+        time.sleep(6)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        assert wait_until(lambda: not processes_of(run), 60)
+    assert "error: " not in log.read_text() and "Traceback" not in log.read_text(), log.read_text()[-2000:]

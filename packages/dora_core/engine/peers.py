@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,92 +14,132 @@ from pathlib import Path
 
 from dora_core.engine.distributed import RankFailureError, World, start_time
 
+EXIT_STOPPED = 75
+"""Exit status of a run that was told to stop, saved and can be resumed (EX_TEMPFAIL)."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 POLL_S = 1.0
 LAST_WORDS_S = 3.0
-"""How long a broken connection may be known before the death of the rank at its other end is."""
+"""How long a broken connection may be known before the end of the rank at its other side is."""
 
 
 class LostRankError(RankFailureError):
-    """Another rank is gone."""
-
-    def __init__(self, message: str, speaks: bool) -> None:
-        super().__init__(message)
-        self.speaks = speaks
-        """Whether this rank is the one that should tell the user."""
+    """Another rank was killed."""
 
 
 class Peers:
     """The other ranks on this machine. Every rank must make one at the same time.
 
     A rank that is killed leaves the others in a collective: with NCCL they compute for ever, with gloo each ends in an
-    error of its own. A thread looks every second whether their processes live. Ranks on other machines notice by their
-    broken connections or by the time limit of the collective.
+    error of its own. A thread looks every second whether their processes live. One that leaves by itself says so in a
+    file beforehand, and one rank alone speaks of one that did not. Ranks on other machines notice by their broken
+    connections or by the time limit of the collective.
     """
 
     def __init__(self, world: World, advice: Callable[[], str]) -> None:
         self._world, self._advice = world, advice
         own = (_machine(), os.getpid(), start_time(os.getpid()))
-        others = world.gather(own)
-        self._watched = {
-            rank: (pid, started)
-            for rank, (machine, pid, started) in enumerate(others)
-            if machine == own[0] and rank != world.rank
-        }
+        ranks = world.gather(own)
+        here = {rank: (pid, started) for rank, (machine, pid, started) in enumerate(ranks) if machine == own[0]}
+        pid, started = here[min(here)]
+        self._folder = Path(tempfile.gettempdir()) / f"dora-ranks-{os.getuid()}-{pid}-{started}"
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        self._watched = {rank: process for rank, process in here.items() if rank != world.rank}
         self._stopped = threading.Event()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal may come while this thread holds it
         if self._watched:
             threading.Thread(target=self._watch, name="peer-watch", daemon=True).start()
 
-    def stop(self) -> None:
-        """Watch no longer."""
-        with self._lock:
-            self._stopped.set()
-
     def part(self) -> None:
-        """Let the ranks end, each when it is done. Every rank must call it."""
-        self.stop()
+        """Wait for all ranks, then let each end when it is done. Every rank must call it."""
         self._world.barrier()
+        self.leave("done")
+        self._world.barrier()  # nobody ends while another still watches
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def leave(self, how: str) -> None:
+        """Watch no longer, and say ``how`` this rank ends: ``done``, ``stopped`` or ``failed``."""
+        with self._lock:
+            if not self._stopped.is_set():
+                self._stopped.set()
+                self._mark(how)
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
-        """Within the block an error that follows from the end of another rank becomes ``LostRankError``.
+        """Within the block an error that follows from the end of another rank becomes what ``refuse_lost`` raises."""
+        try:
+            yield
+        except RuntimeError:
+            deadline = time.monotonic() + LAST_WORDS_S
+            while self._watched and time.monotonic() < deadline:
+                self.refuse_lost()
+                time.sleep(0.05)
+            raise
+
+    def refuse_lost(self) -> None:
+        """Raise ``LostRankError`` if a rank was killed and nobody said so yet; end quietly if one left in another way.
 
         The launcher, which tells those that are left to stop, must not cut off the message: signals are ignored then.
         """
-        try:
-            yield
-        except RuntimeError as error:
-            deadline = time.monotonic() + LAST_WORDS_S
-            while (lost := self._lost()) is None:
-                if not self._watched or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
-            self.stop()
-            for number in STOP_SIGNALS:
-                signal.signal(number, signal.SIG_IGN)
-            raise lost from error
+        with self._lock:  # or the watch would take this rank's claim for another's
+            found = None if self._stopped.is_set() else self._lost()
+            if found is None:
+                return
+            status, message = found
+            self.leave("failed" if status == 1 else "stopped")
+        if message is None:
+            raise SystemExit(status)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        raise LostRankError(message) from None
 
-    def _lost(self) -> LostRankError | None:
-        gone = {rank for rank, (pid, started) in self._watched.items() if start_time(pid) != started}
-        if not gone:
-            return None
-        first = min(gone)
-        speaks = self._world.rank == min({self._world.rank, *self._watched} - gone)
-        message = (
-            f"Rank {first} (process {self._watched[first][0]}) has ended, and the others cannot go on without it. "
-        )
-        return LostRankError(message + self._advice(), speaks)
+    def _lost(self) -> tuple[int, str | None] | None:
+        """Return the status to end with because another rank has ended, and the message if this rank is to give it."""
+        gone = [rank for rank, (pid, started) in self._watched.items() if start_time(pid) != started]
+        ends = {rank: self._read(rank) for rank in gone}
+        killed = [rank for rank in gone if ends[rank] is None]
+        if killed and self._claims():
+            pid, _ = self._watched[killed[0]]
+            what = (
+                f"Rank {killed[0]} (process {pid}) was killed or has crashed, and the others cannot go on without it."
+            )
+            return 1, f"{what} {self._advice()}"
+        if killed or "failed" in ends.values():
+            return 1, None
+        return (EXIT_STOPPED, None) if "stopped" in ends.values() else None
 
     def _watch(self) -> None:
         while not self._stopped.wait(POLL_S):
-            lost = self._lost()
             with self._lock:
-                if lost is None or self._stopped.is_set():
+                found = None if self._stopped.is_set() else self._lost()
+                if found is None:
                     continue
-                if lost.speaks:
-                    os.write(2, f"\nerror: {lost}\n".encode())  # clear of a progress bar
-                os._exit(1)  # the main thread may never return from its collective
+                status, message = found
+                self._mark("failed" if status == 1 else "stopped")
+                if message is not None:
+                    os.write(2, f"\nerror: {message}\n".encode())  # clear of a progress bar
+                os._exit(status)  # the main thread may never return from its collective
+
+    def _claims(self) -> bool:
+        """Whether this rank is the first to speak."""
+        try:
+            os.close(os.open(self._folder / "spoken", os.O_CREAT | os.O_EXCL))
+        except OSError:
+            return False
+        return True
+
+    def _mark(self, how: str) -> None:
+        path = self._folder / str(self._world.rank)
+        try:
+            path.with_suffix(".new").write_text(how)
+            path.with_suffix(".new").replace(path)
+        except OSError:  # the others then say that this rank was killed
+            return
+
+    def _read(self, rank: int) -> str | None:
+        try:
+            return (self._folder / str(rank)).read_text()
+        except OSError:
+            return None
 
 
 def _machine() -> str:

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from dora_core.engine.peers import EXIT_STOPPED
 from dora_core.evaluation.results import replace_file
 from dora_core.nightly.golden import find_golden, with_distance, write_golden
 from dora_core.nightly.history import History
@@ -19,7 +20,6 @@ from dora_core.nightly.plan import Planned, find_plan, select
 from dora_core.nightly.propose import propose
 from dora_core.nightly.rows import Row
 from dora_core.nightly.texts import exit_status, jsonl, junit, markdown, number, summary, value_text
-from dora_core.training.script import EXIT_STOPPED
 
 DESCRIPTION = """\
 Runs every entry of every pipeline's nightly.yaml in a process of its own, compares each metric with the history and

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from dora_core.config import require
+from dora_core.engine.peers import EXIT_STOPPED
 from dora_core.evaluation.results import commit_hash
 from dora_core.registry import EVALUATORS, PIPELINES, pipeline_packages, unknown_name
 from dora_core.sweep.grid import Grid, Point, build_grid
@@ -21,7 +22,6 @@ from dora_core.sweep.runs import Outcome, read_outcome, refuse_changed, run_poin
 from dora_core.training.folder import lock_folder
 from dora_core.training.jobs import run_jobs
 from dora_core.training.launcher import Stop, summary
-from dora_core.training.script import EXIT_STOPPED
 
 HELP = """
 A field with several values, separated by commas, spans the grid; one with a single value holds for every run, and a

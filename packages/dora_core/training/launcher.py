@@ -17,10 +17,11 @@ from typing import IO
 
 import torch
 
+from dora_core.config import ConfigError
 from dora_core.engine.distributed import free_port
+from dora_core.engine.peers import EXIT_STOPPED
 from dora_core.evaluation.results import RESULTS_FILE, read_results
 from dora_core.training.metrics import read_metrics
-from dora_core.training.script import EXIT_STOPPED
 
 PROGRESS = re.compile(r"\d+%\|.*\d+/\d+ ")
 PATIENCE_S = 300.0
@@ -67,7 +68,13 @@ def launch_command(script: Path, arguments: Sequence[str], num_ranks: int, place
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     if place and visible == [""]:
         visible = [str(device) for device in range(torch.cuda.device_count())]
-    if torch.cuda.is_available() and all(device.isdigit() for device in visible):
+    are_numbers = all(device.isdigit() for device in visible)
+    if place and not are_numbers:
+        raise ConfigError(
+            f"CUDA_VISIBLE_DEVICES is {','.join(visible)!r}; several runs at once share GPUs by number. Give numbers, "
+            "or run one at a time."
+        )
+    if torch.cuda.is_available() and are_numbers:
         ranks = range(place * num_ranks, place * num_ranks + min(num_ranks, len(visible)))
         command += ["--include", "localhost:" + ",".join(visible[rank % len(visible)] for rank in ranks)]
     else:

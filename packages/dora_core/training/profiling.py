@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,32 +17,47 @@ class StepProfiler:
     """Profiles ``NUM_STEPS`` steps from ``first_step`` on (none if it is None) and leaves two files in ``folder``.
 
     ``trace.json.gz`` opens in Perfetto or chrome://tracing; ``profile.json`` holds ``device_shares`` of a GPU, or on
-    a CPU the operators that took longest.
+    a CPU the operators that took longest. A validation or a checkpoint that is due in those steps is part of them.
+    ``say`` tells the user where nothing was profiled.
     """
 
-    def __init__(self, first_step: int | None, folder: Path) -> None:
-        self._first, self._folder = first_step, folder
+    def __init__(self, first_step: int | None, folder: Path, say: Callable[[str], None]) -> None:
+        self._first, self._folder, self._say = first_step, folder, say
+        self._last_step = 0
         self._profile: profile | None = None
 
     def after_step(self, step: int) -> None:
-        """Begin and end where it is due. To be called after every step, on one rank."""
+        """Begin and end where it is due. To be called at the end of every step, on one rank."""
         if self._first is None:
             return
-        on_gpu = torch.cuda.is_available()
+        self._last_step = step
         if step == self._first - 1:
-            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-            self._profile = profile(activities=activities)
+            _synchronize()
+            on_gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+            self._profile = profile(activities=[ProfilerActivity.CPU, *on_gpu])
             self._profile.start()
         elif self._profile is not None and step == self._first + NUM_STEPS - 1:
-            if on_gpu:
-                torch.cuda.synchronize()
-            self._profile.stop()
-            self._write(self._profile, on_gpu)
-            self._profile = None
+            self.finish()
 
-    def _write(self, done: profile, on_gpu: bool) -> None:
-        content: dict = {"steps": [self._first, self._first + NUM_STEPS - 1]}
-        if on_gpu:
+    def finish(self) -> None:
+        """End what was begun; to be called when there are no more steps."""
+        if self._profile is not None:
+            _synchronize()
+            self._profile.stop()
+            done, self._profile = self._profile, None
+            if self._last_step >= self._first:
+                self._write(done)
+                self._first = None
+        if self._first is not None:
+            self._say(
+                f"log.profile_step is {self._first}, and no step from it on began and ended here, up to step "
+                f"{self._last_step}: nothing was profiled."
+            )
+            self._first = None
+
+    def _write(self, done: profile) -> None:
+        content: dict = {"steps": [self._first, self._last_step]}
+        if torch.cuda.is_available():
             events = [
                 (event.name, event.time_range.start, event.time_range.end)
                 for event in done.events()
@@ -54,6 +69,11 @@ class StepProfiler:
             content["cpu_ms"] = {event.key: event.self_cpu_time_total / 1e3 for event in slowest}
         done.export_chrome_trace(str(self._folder / "trace.json.gz"))
         (self._folder / "profile.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def device_shares(events: Iterable[tuple[str, float, float]]) -> dict[str, float]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import random
 import signal
 import sys
 from collections.abc import Iterator
@@ -11,20 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 
 from dora_core.data.sampler import StepPlan
 from dora_core.engine.build import Engine
 from dora_core.engine.distributed import World, bound_collectives, stop_with_launcher
-from dora_core.engine.peers import STOP_SIGNALS, Peers
+from dora_core.engine.peers import EXIT_STOPPED, STOP_SIGNALS, Peers
 from dora_core.engine.state import restore_weights
 from dora_core.training.checkpoint import CheckpointError, CheckpointStore
 from dora_core.training.folder import open_run_folder
 from dora_core.training.metrics import MetricLog, plot_losses
 from dora_core.training.profiling import StepProfiler
 from dora_core.training.progress import Progress
-from dora_core.training.script import EXIT_STOPPED
+from dora_core.training.seeds import seed_everything
 from dora_core.training.speed import Speedometer
 
 
@@ -58,29 +55,24 @@ class Run:
 
         SIGTERM, SIGUSR1 and Ctrl-C set ``stop_requested`` while the loop steps, which then saves; before and after,
         when there is nothing to save, they end the process at once. Raises ``ValueError`` as ``open_run_folder`` does,
-        and ``LostRankError`` where another rank of this machine was killed; a rank that waits for it in a collective
-        that never returns is ended.
+        and ``LostRankError`` where another rank of this machine was killed. A rank whose collective then never returns
+        is ended.
         """
         world = World.start(config.deepspeed.timeout_s)
         run = cls(config, world)
         before = {number: signal.signal(number, run._request_stop) for number in STOP_SIGNALS}
         stop_with_launcher()
-        run._peers = Peers(world, run.checkpoints.how_to_go_on)
         try:
-            run._log, run._lock = open_run_folder(config, world, run.checkpoints, run.say)
-            run._profiler = StepProfiler(config.log.profile_step if world.is_main else None, run.folder)
-            seed = config.run.seed * 100_003 + world.rank
-            torch.manual_seed(seed)
-            random.seed(seed)
-            numpy.random.seed(seed % 2**32)
-            if config.run.deterministic:
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-                torch.use_deterministic_algorithms(True)
+            run._peers = Peers(world, run.checkpoints.how_to_go_on)
             with run._peers.blamed():
+                run._log, run._lock = open_run_folder(config, world, run.checkpoints, run.say)
+                run._profiler = StepProfiler(config.log.profile_step if world.is_main else None, run.folder, run.say)
+                seed_everything(config.run.seed * 100_003 + world.rank, config.run.deterministic)
                 yield run
                 run._peers.part()
         finally:
-            run._peers.stop()
+            if run._peers is not None:
+                run._peers.leave("stopped" if isinstance(sys.exception(), SystemExit) else "failed")
             for number, handler in before.items():
                 if signal.getsignal(number) == run._request_stop:
                     signal.signal(number, handler)
@@ -161,6 +153,7 @@ class Run:
         is_best = self.config.train.keep_best and progress.step == progress.best_step
         if is_best or progress.due(self.config.train.save_every, num_steps):
             self.save(engine, progress)
+        self._profiler.after_step(progress.step)
         if stop:
             self.leave_stopped(engine, progress)
 
@@ -182,7 +175,6 @@ class Run:
                 f"The gradient was not finite for {engine.num_skipped_in_row} steps in a row, up to {progress.step}. "
                 "Lower train.lr, set train.clip_grad_norm, or use train.precision: bf16 or fp32."
             )
-        self._profiler.after_step(progress.step)
         if self._bar is not None:
             self._bar.update(1)
         if not progress.due(self.config.train.log_every, num_steps) and progress.step > 1:
@@ -229,6 +221,7 @@ class Run:
                 self._bar = None
             if self._log is not None and self._log.path.is_file():
                 plot_losses({self.config.run.name: self._log.path}, self.folder / "loss.png")
+        self._profiler.finish()
         if self.world.sum([self.stop_requested])[0]:  # in the last step, which is saved
             self._peers.part()
             raise SystemExit(EXIT_STOPPED)
@@ -237,12 +230,15 @@ class Run:
         """Save and end the process as stopped on request. Every rank must call it."""
         if progress.step != self._saved_step:
             self.save(engine, progress)
+        self._profiler.finish()
         self.say(f"stopped on request at step {progress.step}; go on with --run.resume auto")
         self._peers.part()
         raise SystemExit(EXIT_STOPPED)
 
     def _request_stop(self, number: int, frame: Any) -> None:
         if not self._stepping:
+            if self._peers is not None:
+                self._peers.refuse_lost()  # the launcher tells a rank to stop when another was killed
             raise SystemExit(EXIT_STOPPED)
         if self.stop_requested and number == signal.SIGINT:
             raise KeyboardInterrupt

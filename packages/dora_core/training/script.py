@@ -19,9 +19,6 @@ from dora_core.engine.peers import LostRankError
 
 C = TypeVar("C")
 
-EXIT_STOPPED = 75
-"""Exit status of a run that was told to stop, saved and can be resumed (EX_TEMPFAIL)."""
-
 
 def run_training(
     train: Callable[[C], None], config_class: type[C], recipes: Path, arguments: Sequence[str] | None = None
@@ -92,17 +89,20 @@ def run_merge(
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a training script: a user's mistake ends in one message and exit status 2, on however many ranks."""
+    """Run a training script: a user's mistake ends in one message and exit status 2, on however many ranks.
+
+    A rank that was killed ends in one message too, and in exit status 1.
+    """
     try:
         main()
+    except LostRankError as error:
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)  # clear of another rank's progress bar
+        raise SystemExit(1) from None
     except (ValueError, OSError) as error:
         if os.environ.get("DORA_TRACEBACK"):
             raise
-        speaks = error.speaks if isinstance(error, LostRankError) else os.environ.get("RANK", "0") == "0"
-        if not speaks:
-            time.sleep(5)  # that one mostly says the same first, and the launcher then ends this process
-        if isinstance(error, LostRankError):
-            print(file=sys.stderr)  # clear of another rank's bar
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # rank 0 mostly says the same first, and the launcher then ends this process
         exit_with_message(error)
     # Only after success: after a failure others may be waiting in a collective, and leaving the group waits for them.
     if dist.is_available() and dist.is_initialized():

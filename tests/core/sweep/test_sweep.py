@@ -180,6 +180,17 @@ def test_the_recipe_of_one_pipeline_needs_no_pipeline_and_of_several_is_asked_fo
     assert "dora sweep needs a recipe" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("num_gpus", "words", "ranks"), [(8, [], 8), (8, ["--jobs", "4"], 2), (2, ["--jobs", "4"], 1),
+                                                          (8, ["--jobs", "4", "--num_gpus", "4"], 4)])  # fmt: skip
+def test_runs_at_once_share_the_gpus(recipe, monkeypatch, num_gpus, words, ranks):
+    taken = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
+    monkeypatch.setattr("dora_core.sweep.command._run_all", lambda *given: taken.append(given[3].num_gpus))
+    with pytest.raises(SystemExit):
+        main(["sweep", "llm", recipe, "--adapter.kind", "lora,dora", "--train.global_batch_size", "16", *words])
+    assert taken == [ranks]
+
+
 def test_help_says_what_spans_a_grid(capsys):
     with pytest.raises(SystemExit):
         main(["sweep", "--help"])

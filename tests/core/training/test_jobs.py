@@ -72,3 +72,26 @@ def test_a_signal_stops_all_launches_and_they_save(tmp_path, chain):
     sender.join()
     assert sorted(path.parent.name for path in tmp_path.glob("*/saved")) == ["0", "1"]
     assert not [*tmp_path.glob("[23]")]
+
+
+@pytest.mark.usefixtures("signals_of_a_terminal")
+def test_a_second_signal_does_not_wait_for_the_saving(tmp_path, chain):
+    def job(number, place, stop):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        return launch(chain(500, folder), folder / "log", stop=stop)
+
+    def send_twice():
+        while len([*tmp_path.glob("*/ready")]) < 2:
+            time.sleep(0.05)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+    sender = threading.Thread(target=send_twice)
+    sender.start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs([partial(job, number) for number in range(2)], 2, lambda _: None)
+    sender.join()
+    assert time.monotonic() - started < 60 and not [*tmp_path.glob("*/saved")]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dora_core.config import ConfigError
 from dora_core.training.launcher import launch, launch_command
 
 
@@ -88,3 +89,7 @@ def test_launches_at_once_take_the_gpus_in_turn(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3")
     assert [devices(2, place)[1] for place in (0, 1, 2)] == ["localhost:7,5", "localhost:3,7", "localhost:5,3"]
     assert devices(4, 1) == ["--include", "localhost:5,3,7"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937,GPU-d1e2f3a4")
+    assert devices(1, 0) == ["--num_gpus", "1"]
+    with pytest.raises(ConfigError, match=r"CUDA_VISIBLE_DEVICES is 'GPU-8932f937.*Give numbers"):
+        devices(1, 1)

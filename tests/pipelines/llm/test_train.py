@@ -63,7 +63,10 @@ def test_packing_trains_on_every_row_in_fewer_steps(folder):
 
 
 def test_full_fine_tuning_leaves_a_model_that_transformers_loads(folder):
-    train(folder, 2, "full", **{"adapter.kind": "full", "adapter.targets": ".*", "deepspeed.config": "zero3"})
+    full = {"adapter.kind": "full", "adapter.targets": ".*", "deepspeed.config": "zero3", "log.profile_step": 2}
+    train(folder, 2, "full", **full)
+    profile = json.loads((folder / "runs" / "full" / "profile.json").read_text())
+    assert profile["steps"] == [2, 3] and profile["cpu_ms"]  # there is no fourth
     model = AutoModelForCausalLM.from_pretrained(folder / "runs" / "full" / "model")
     base = AutoModelForCausalLM.from_pretrained(folder / "data" / "world" / "model")
     changed = [not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True)]

@@ -6,8 +6,8 @@ from typing import Literal
 
 Form = Literal["merged", "composed"]
 
-# Fitted to the times of 100 layers on an H200 (benchmarks/results/kernels.json): what is chosen is the faster form
-# there, or within 3 % of it.
+# Fitted to the times of 100 layers on an H200 (benchmarks/results/kernels.json): what is chosen was timed at 99 of
+# them, and is the faster form or within 3 % of it.
 BYTES_PER_US = 3.0e6
 """What the kernels that go over a weight or over tokens reach, of 4.2e6 in a plain copy."""
 FLOPS_PER_US = 1.6e8

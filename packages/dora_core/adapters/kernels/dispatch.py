@@ -14,7 +14,7 @@ from dora_core.adapters.kernels.projection import Projection, Stack
 
 MIN_CAPABILITY = (8, 0)
 SHARED_KIB = 163
-"""Shared memory that a program may take: an A100's. Consumer GPUs of the same generations have 99."""
+"""Shared memory that a program may take: an A100's. Smaller GPUs of the same generations have 99."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_FP32_RANK = 64
 
