@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for part in own.parts.split(","):
         for row in parts[part]():
             content[part] = with_efficiency([*content[part], row])
-            write_json(own.output / "scaling.json", json.loads(json.dumps(content, default=str)))
+            write_json(own.output / "scaling.json", content)
             print(content[part][-1], flush=True)
     rows = [row for row in content["speed"] if "error" not in row]
     if rows:

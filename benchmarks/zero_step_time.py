@@ -51,6 +51,7 @@ from dora_core.engine.build import DTYPES, build_engine, recipe_groups
 from dora_core.engine.distributed import World
 from dora_core.engine.optim import make_optimizer
 from dora_core.engine.zero import resolve_zero
+from dora_core.training.profiling import device_events
 
 COLUMNS = {
     "way": "",
@@ -179,12 +180,11 @@ def profiled(step: Callable[[], None], device: torch.device) -> dict[str, Any] |
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as done:
         step()
         torch.cuda.synchronize()
-    on_device = (event for event in done.events() if event.device_type == torch.autograd.DeviceType.CUDA)
-    events = [event for event in on_device if not event.is_user_annotation]  # spans that hold kernels counted already
+    events = device_events(done)
 
     def total(*words: str) -> float:
-        chosen = (event for event in events if not words or any(word in event.name.lower() for word in words))
-        return sum(event.time_range.elapsed_us() for event in chosen) / 1e3
+        chosen = (event for event in events if not words or any(word in event[0].lower() for word in words))
+        return sum(end - start for _, start, end in chosen) / 1e3
 
     return {
         "device_ms": total(),

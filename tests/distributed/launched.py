@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -32,6 +33,21 @@ def environment() -> dict[str, str]:
     # No PYTHONPATH: the script finds its checkout by itself, from any directory.
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+
+def start(folder: Path, overrides: list[str]) -> subprocess.Popen:
+    """Start the run in ``folder``; what it prints goes to the file ``log`` there."""
+    with (folder / "log").open("w") as log:
+        return subprocess.Popen(command(*overrides), cwd=folder, stdout=log, stderr=log, env=environment())
+
+
+def finish(folder: Path, overrides: list[str]) -> str:
+    """Run to the end and return what was printed."""
+    done = subprocess.run(
+        command(*overrides), cwd=folder, env=environment(), capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 def processes_of(run: str) -> list[int]:

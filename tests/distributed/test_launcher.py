@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from launched import command, environment, processes_of, wait_until
+from launched import command, environment, finish, processes_of, start, wait_until
 
 from dora_core.training.checkpoint import CheckpointStore
 from dora_core.training.metrics import read_metrics
@@ -20,13 +20,10 @@ def test_sigterm_to_the_launcher_saves_stops_every_rank_and_the_run_goes_on(fold
     overrides = ["--run.name", run, "--train.max_steps", "5000", "--train.save_every", "5000", "--train.log_every", "1"]
     overrides += ["--data.num_workers", "2"]
     metrics = folder / "runs" / run / "metrics.jsonl"
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command(*overrides), cwd=folder, stdout=log, stderr=log, env=environment())
-        assert wait_until(lambda: metrics.is_file() and len(read_metrics(metrics)) >= 3, 120), (
-            folder / "log"
-        ).read_text()
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+    process = start(folder, overrides)
+    assert wait_until(lambda: metrics.is_file() and len(read_metrics(metrics)) >= 3, 120), (folder / "log").read_text()
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
     # The deepspeed command itself dies at once; the ranks notice, save and leave.
     assert wait_until(lambda: not processes_of(run), 60), "processes were left behind"
     store = CheckpointStore(folder / "runs" / run / "checkpoints")
@@ -36,16 +33,8 @@ def test_sigterm_to_the_launcher_saves_stops_every_rank_and_the_run_goes_on(fold
     assert "Traceback" not in (folder / "log").read_text()
 
     overrides[3] = str(step + 2)
-    done = subprocess.run(
-        command(*overrides, "--run.resume", "must"),
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert f"resumed from {Path('runs') / run / 'checkpoints'}/step-{step:08d}" in done.stdout
+    said = finish(folder, [*overrides, "--run.resume", "must"])
+    assert f"resumed from {Path('runs') / run / 'checkpoints'}/step-{step:08d}" in said
     assert [row["step"] for row in read_metrics(metrics) if "loss" in row][-2:] == [step + 1, step + 2]
     assert (folder / "runs" / run / "adapter" / "adapter_model.safetensors").is_file()
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launched import command, environment, processes_of, wait_until
+from launched import finish, processes_of, start, wait_until
 
 from dora_core.engine.distributed import free_port
 from dora_core.training.checkpoint import CheckpointStore
@@ -53,18 +53,17 @@ def test_when_a_rank_is_killed_the_others_stop_with_one_message_and_the_run_goes
     overrides += ["--train.eval_every", "5000", "--data.num_workers", "0"]
     metrics, store = folder / "runs" / run / "metrics.jsonl", CheckpointStore(folder / "runs" / run / "checkpoints")
     log = folder / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen(command(*overrides), cwd=folder, stdout=file, stderr=file, env=environment())
-        assert wait_until(lambda: metrics.is_file() and len(read_metrics(metrics)) >= 6, 120), log.read_text()
-        pid = process_of_rank(run, rank)
-        if when == "save":
-            deadline = time.monotonic() + 60
-            while not any(not path.name.startswith("step-") for path in store.folder.iterdir()):
-                assert time.monotonic() < deadline
-        os.kill(pid, signal.SIGKILL)
-        began = time.monotonic()
-        assert process.wait(60) != 0
-        assert wait_until(lambda: not processes_of(run), 60 - (time.monotonic() - began))
+    process = start(folder, overrides)
+    assert wait_until(lambda: metrics.is_file() and len(read_metrics(metrics)) >= 6, 120), log.read_text()
+    pid = process_of_rank(run, rank)
+    if when == "save":
+        deadline = time.monotonic() + 60
+        while not any(not path.name.startswith("step-") for path in store.folder.iterdir()):
+            assert time.monotonic() < deadline
+    os.kill(pid, signal.SIGKILL)
+    began = time.monotonic()
+    assert process.wait(60) != 0
+    assert wait_until(lambda: not processes_of(run), 60 - (time.monotonic() - began))
     said = log.read_text()
     (message,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert message.startswith(
@@ -75,16 +74,8 @@ def test_when_a_rank_is_killed_the_others_stop_with_one_message_and_the_run_goes
     assert step and message.endswith(f"Start it again with --run.resume auto, and it goes on from step {step}.")
 
     overrides[3] = str(step + 2)
-    done = subprocess.run(
-        command(*overrides, "--run.resume", "auto"),
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert f"step-{step:08d}" in next(line for line in done.stdout.splitlines() if line.startswith("resumed from"))
+    printed = finish(folder, [*overrides, "--run.resume", "auto"])
+    assert f"step-{step:08d}" in next(line for line in printed.splitlines() if line.startswith("resumed from"))
     rows = [row["step"] for row in read_metrics(metrics) if "loss" in row]
     assert rows == list(range(1, step + 3))
 
@@ -115,14 +106,13 @@ def test_a_rank_that_is_killed_outside_of_steps_is_named_too(folder, phase):
     overrides = ["--run.name", run, "--train.max_steps", "1", "--data.num_workers", "0"]
     overrides += ["--evaluate.after_training", "true", "--evaluate.num_beams", "16", "--evaluate.max_new_tokens", "200"]
     log, adapter = folder / "log", folder / "runs" / run / "adapter" / "adapter_model.safetensors"
-    with log.open("w") as file:
-        process = subprocess.Popen(command(*overrides), cwd=folder, stdout=file, stderr=file, env=environment())
-        assert wait_until(adapter.is_file, 120), log.read_text()
-        time.sleep(2)
-        pid = process_of_rank(run, 1 if phase == "scoring" else 0)
-        os.kill(pid, signal.SIGKILL)
-        assert process.wait(60) not in (0, 75)
-        assert wait_until(lambda: not processes_of(run), 60)
+    process = start(folder, overrides)
+    assert wait_until(adapter.is_file, 120), log.read_text()
+    time.sleep(2)
+    pid = process_of_rank(run, 1 if phase == "scoring" else 0)
+    os.kill(pid, signal.SIGKILL)
+    assert process.wait(60) not in (0, 75)
+    assert wait_until(lambda: not processes_of(run), 60)
     (message,) = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     assert f"(process {pid}) was killed or has crashed" in message and "Traceback" not in log.read_text()
 
@@ -132,11 +122,10 @@ def test_a_run_that_is_told_to_stop_while_it_scores_says_nothing_of_lost_ranks(f
     overrides = ["--run.name", run, "--evaluate.before_training", "true", "--data.num_workers", "0"]
     overrides += ["--evaluate.num_beams", "16", "--evaluate.max_new_tokens", "200"]
     log = folder / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen(command(*overrides), cwd=folder, stdout=file, stderr=file, env=environment())
-        assert wait_until((folder / "runs" / run / "config.yaml").is_file, 120), log.read_text()
-        time.sleep(6)
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-        assert wait_until(lambda: not processes_of(run), 60)
+    process = start(folder, overrides)
+    assert wait_until((folder / "runs" / run / "config.yaml").is_file, 120), log.read_text()
+    time.sleep(6)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    assert wait_until(lambda: not processes_of(run), 60)
     assert "error: " not in log.read_text() and "Traceback" not in log.read_text(), log.read_text()[-2000:]

@@ -80,17 +80,23 @@ class Peers:
 
         The launcher, which tells those that are left to stop, must not cut off the message: signals are ignored then.
         """
-        with self._lock:  # or the watch would take this rank's claim for another's
-            found = None if self._stopped.is_set() else self._lost()
-            if found is None:
-                return
-            status, message = found
-            self.leave("failed" if status == 1 else "stopped")
+        found = self._leave_lost()
+        if found is None:
+            return
+        status, message = found
         if message is None:
             raise SystemExit(status)
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         raise LostRankError(message) from None
+
+    def _leave_lost(self) -> tuple[int, str | None] | None:
+        """Return what ``_lost`` does, once, and leave then."""
+        with self._lock:  # or one thread would take the other's claim for another rank's
+            found = None if self._stopped.is_set() else self._lost()
+            if found is not None:
+                self.leave("failed" if found[0] == 1 else "stopped")
+            return found
 
     def _lost(self) -> tuple[int, str | None] | None:
         """Return the status to end with because another rank has ended, and the message if this rank is to give it."""
@@ -109,12 +115,9 @@ class Peers:
 
     def _watch(self) -> None:
         while not self._stopped.wait(POLL_S):
-            with self._lock:
-                found = None if self._stopped.is_set() else self._lost()
-                if found is None:
-                    continue
+            found = self._leave_lost()
+            if found is not None:
                 status, message = found
-                self._mark("failed" if status == 1 else "stopped")
                 if message is not None:
                     os.write(2, f"\nerror: {message}\n".encode())  # clear of a progress bar
                 os._exit(status)  # the main thread may never return from its collective

@@ -11,6 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 
 NUM_STEPS = 3
 Interval = tuple[float, float]
+Event = tuple[str, float, float]
+"""Name, start and end in microseconds."""
 
 
 class StepProfiler:
@@ -58,12 +60,7 @@ class StepProfiler:
     def _write(self, done: profile) -> None:
         content: dict = {"steps": [self._first, self._last_step]}
         if torch.cuda.is_available():
-            events = [
-                (event.name, event.time_range.start, event.time_range.end)
-                for event in done.events()
-                if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
-            ]
-            content["device_shares"] = device_shares(events)
+            content["device_shares"] = device_shares(device_events(done))
         else:
             slowest = sorted(done.key_averages(), key=lambda event: -event.self_cpu_time_total)[:20]
             content["cpu_ms"] = {event.key: event.self_cpu_time_total / 1e3 for event in slowest}
@@ -76,8 +73,17 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def device_shares(events: Iterable[tuple[str, float, float]]) -> dict[str, float]:
-    """Return shares of the time from the first to the last of (name, start, end).
+def device_events(done: profile) -> list[Event]:
+    """Return what ran on the GPU, without annotations: spans that hold kernels counted already."""
+    return [
+        (event.name, event.time_range.start, event.time_range.end)
+        for event in done.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    ]
+
+
+def device_shares(events: Iterable[Event]) -> dict[str, float]:
+    """Return shares of the time from the first to the last event.
 
     ``communication`` is the time in which any of NCCL's kernels runs (they wait for other ranks too), ``exposed`` the
     part of it in which nothing else does, ``idle`` the time in which nothing runs at all.

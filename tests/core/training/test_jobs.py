@@ -53,45 +53,39 @@ def test_an_error_in_one_stops_the_others_and_begins_no_more():
     assert len(begun) <= 3
 
 
-@pytest.mark.usefixtures("signals_of_a_terminal")
-def test_a_signal_stops_all_launches_and_they_save(tmp_path, chain):
-    def job(number, place, stop):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        return launch(chain(0, folder), folder / "log", stop=stop)
+@pytest.fixture
+def run_until_told(tmp_path, chain, signals_of_a_terminal):
+    """Run launches, two at a time, that take ``save_s`` to save, and send ``signals`` here once two are ready."""
 
-    def send_when_ready():
-        while len([*tmp_path.glob("*/ready")]) < 2:
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
+    def run(num_jobs, save_s, signals):
+        def job(number, place, stop):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            return launch(chain(save_s, folder), folder / "log", stop=stop)
 
-    sender = threading.Thread(target=send_when_ready)
-    sender.start()
-    with pytest.raises(KeyboardInterrupt):
-        run_jobs([partial(job, number) for number in range(4)], 2, lambda _: None)
-    sender.join()
+        def send():
+            while len([*tmp_path.glob("*/ready")]) < 2:
+                time.sleep(0.05)
+            for number in signals:
+                os.kill(os.getpid(), number)
+                time.sleep(1)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        with pytest.raises(KeyboardInterrupt):
+            run_jobs([partial(job, number) for number in range(num_jobs)], 2, lambda _: None)
+        sender.join()
+
+    return run
+
+
+def test_a_signal_stops_all_launches_and_they_save(tmp_path, run_until_told):
+    run_until_told(4, 0, [signal.SIGTERM])
     assert sorted(path.parent.name for path in tmp_path.glob("*/saved")) == ["0", "1"]
     assert not [*tmp_path.glob("[23]")]
 
 
-@pytest.mark.usefixtures("signals_of_a_terminal")
-def test_a_second_signal_does_not_wait_for_the_saving(tmp_path, chain):
-    def job(number, place, stop):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        return launch(chain(500, folder), folder / "log", stop=stop)
-
-    def send_twice():
-        while len([*tmp_path.glob("*/ready")]) < 2:
-            time.sleep(0.05)
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
-
-    sender = threading.Thread(target=send_twice)
-    sender.start()
+def test_a_second_signal_does_not_wait_for_the_saving(tmp_path, run_until_told):
     started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        run_jobs([partial(job, number) for number in range(2)], 2, lambda _: None)
-    sender.join()
+    run_until_told(2, 500, [signal.SIGINT, signal.SIGINT])
     assert time.monotonic() - started < 60 and not [*tmp_path.glob("*/saved")]
