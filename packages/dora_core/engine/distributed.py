@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import threading
@@ -16,6 +17,8 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+FIRST_PORT = 10000
+"""Services of a machine listen below."""
 
 
 class RankFailureError(ValueError):
@@ -179,10 +182,25 @@ def start_time(pid: int) -> str:
 
 
 def free_port() -> int:
-    """Return a TCP port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a TCP port of this machine that nothing listens on.
+
+    A launcher needs seconds until it listens there, so it is none of those that the system gives to connections
+    meanwhile, where there are others: with several runs at once that happens.
+    """
+    try:
+        low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except OSError:
+        low = 0
+    ports = range(FIRST_PORT, low)
+    drawn = random.SystemRandom().sample(ports, min(100, len(ports)))  # a run's seed must not choose
+    for port in [*drawn, 0]:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return probe.getsockname()[1]
+    raise AssertionError("a port of the system's own choice is always free")
 
 
 def _quiet_deepspeed() -> None:
