@@ -79,17 +79,28 @@ def main(arguments: Sequence[str]) -> None:
             jobs.append(partial(run, f"{method}-{seed}", [*options, *own.overrides]))
     run_jobs(jobs, own.jobs, lambda _: None)
     say("4/4", "analyze the checkpoints")
-    states = [f"{method}={own.output / f'{method}-{seed}'}" for method in METHODS for seed in seeds]
+    states = [
+        f"{method}={own.output / f'{method}-{seed}' / 'checkpoints' / f'step-{step:08d}'}"
+        for method in METHODS
+        for seed in seeds
+        for step in quarters(own.steps)  # a run that was stopped and resumed has more
+    ]
     found, within = analyze(str(base), states, own.output / "analysis", pattern=r"\.(q|k|v|up|down)_proj\.")
     accuracies = {m: [_average(own.output / f"{m}-{seed}") for seed in seeds] for m in METHODS}
     print("\n" + write_report(own, accuracies, found, within, time.perf_counter() - started))
 
 
+def quarters(num_steps: int) -> range:
+    """Return the steps at which weights are compared."""
+    every = num_steps // NUM_CHECKPOINTS
+    return range(every, num_steps + 1, every)
+
+
 def fine_tuning(num_steps: int) -> list[str]:
-    """Return the demo's fine-tuning with checkpoints at each quarter, the last for the end of a run."""
+    """Return the demo's fine-tuning with checkpoints at each quarter, all of which are kept."""
     options = dict(zip(FINE_TUNING[::2], FINE_TUNING[1::2], strict=True))
-    options |= {"--train.max_steps": str(num_steps), "--train.save_every": str(num_steps // NUM_CHECKPOINTS)}
-    options |= {"--train.keep_last": str(NUM_CHECKPOINTS), "--train.keep_best": "false"}
+    options |= {"--train.max_steps": str(num_steps), "--train.save_every": str(quarters(num_steps).step)}
+    options |= {"--train.keep_last": str(num_steps), "--train.keep_best": "false"}
     options |= {"--train.warmup_steps": str(max(1, num_steps // 24)), "--evaluate.after_training": "true"}
     return [word for pair in options.items() for word in pair]
 

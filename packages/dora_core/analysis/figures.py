@@ -19,7 +19,7 @@ def draw_scatter(points: Sequence[Point], found: Mapping[tuple[str, str], Correl
         for column, role in enumerate(roles):
             axes = panels[row][column]
             own = [p for p in points if (p.method, p.change.role) == (method, role)]
-            for color, step in enumerate(dict.fromkeys(p.step for p in own)):
+            for color, step in enumerate(_steps(own)):
                 at = [(p.change.delta_d, p.change.delta_m) for p in own if p.step == step]
                 axes.plot(
                     *zip(*at, strict=True), "o", color=f"C{color}", label=None if step is None else f"step {step}"
@@ -42,7 +42,7 @@ def draw_layers(points: Sequence[Point], picture: Path) -> None:
             own = [p for p in points if (p.method, p.change.role) == (method, role)]
             last: dict[str, list[Change]] = {}
             for p in own:
-                if p.step == own[-1].step:
+                if p.step == _steps(own)[-1]:
                     last.setdefault(p.change.name, []).append(p.change)
             at = [index - 0.4 + (place + 0.5) * width for index in range(len(last))]
             for axes, key in zip(panels[row], ("delta_m", "delta_d"), strict=True):
@@ -60,7 +60,7 @@ def draw_steps(points: Sequence[Point], picture: Path) -> None:
     figure, ((left, right),) = subplots(1, 2, width=6, height=4)
     for method, role in dict.fromkeys((p.method, p.change.role) for p in points):
         own = [p for p in points if (p.method, p.change.role) == (method, role) and p.step is not None]
-        steps = [*dict.fromkeys(p.step for p in own)]
+        steps = _steps(own)
         for axes, key in ((left, "delta_m"), (right, "delta_d")):
             by_step = [[getattr(p.change, key) for p in own if p.step == step] for step in steps]
             axes.plot(steps, [sum(values) / len(values) for values in by_step], "o-", label=f"{method}, {role}")
@@ -68,3 +68,7 @@ def draw_steps(points: Sequence[Point], picture: Path) -> None:
     right.set(xlabel="optimizer step", ylabel="direction change ΔD")
     left.legend(fontsize=7)
     figure.savefig(picture, dpi=120)
+
+
+def _steps(points: Sequence[Point]) -> list[int | None]:
+    return sorted({p.step for p in points}, key=lambda step: -1 if step is None else step)

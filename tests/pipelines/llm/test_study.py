@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 
 import pytest
 
@@ -50,7 +51,10 @@ def test_the_study_trains_analyzes_reports_and_does_nothing_twice(tmp_path, caps
     assert content["methods"][2]["correlations"]["q_proj"]["all"]["num_points"] == 8  # two layers at four steps
     assert (tmp_path / "analysis" / "scatter.png").stat().st_size > 10_000
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.jsonl")}
+    checkpoints = tmp_path / "dora-5" / "checkpoints"
+    shutil.copytree(checkpoints / "step-00000002", checkpoints / "step-00000009")  # as where a run was stopped
     dora(command)
+    assert json.loads((tmp_path / "study.json").read_text())["methods"] == content["methods"]
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.jsonl")}
 
 
