@@ -3,9 +3,11 @@
     python benchmarks/generation_time.py [--batches 1,16] [--variants peft-lora,ours-dora]
 
 Each prompt is 32 random tokens, and exactly 128 new ones are generated with a key-value cache, in evaluation mode and
-without gradients; ours within ``reuse_norms``. ``peft-dora-cached`` is PEFT's DoRA within its ``DoraCaching``, which
-holds B A and the norms of all layers in memory. Milliseconds are of a whole ``generate``, prompt included, by the
-host's clock with the GPU idle before and after. The model and its adapters are those of ``step_time.py``.
+without gradients; ours within ``reuse_norms``. All variants take turns, ``--repeats`` times, because a host that
+launches kernels for one sequence changes its pace within seconds; ratios are medians of those within a turn.
+``peft-dora-cached`` is PEFT's DoRA within its ``DoraCaching``, which holds B A and the norms of all layers in memory.
+Milliseconds are of a whole ``generate``, prompt included, by the host's clock with the GPU idle before and after. The
+model and its adapters are those of ``step_time.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,35 +49,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = build_model(shape, DTYPES[own.dtype], device).eval()
     rows: list[dict[str, Any]] = []
     for batch in map(int, own.batches.split(",")):
-        for name in own.variants.split(","):
-            row = {"batch": batch, "variant": "base" if name == "floor" else name}
-            work = partial(measure, model, name, batch, own, device)
-            rows = with_ratios([*rows, row | figures_or_error(work, device)])
-            content = {"environment": versions(), "settings": settings(own), "rows": rows}
-            write_json(own.output / f"{own.name}.json", content)
-            print(rows[-1], flush=True)
+        rows += measure(model, batch, own, device)
+        content = {"environment": versions(), "settings": settings(own), "rows": rows}
+        write_json(own.output / f"{own.name}.json", content)
     print(table(rows, COLUMNS))
     return int(any("error" in row for row in rows))
 
 
-def measure(
-    model: PreTrainedModel, name: str, batch: int, own: argparse.Namespace, device: torch.device
-) -> dict[str, Any]:
-    """Return the figures of one variant."""
+def measure(model: PreTrainedModel, batch: int, own: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Return a row for each variant, of the turns in which all went well."""
     generator = torch.Generator().manual_seed(batch)
     prompts = torch.randint(3, model.config.vocab_size, (batch, own.prompt), generator=generator).to(device)
-    with adapted(model, VARIANTS[name], own.rank) as called:
-        called.eval()
-        memory = Memory(device)
-        times = [_generate(called, prompts, own.tokens) for _ in range(1 + own.repeats)][1:]
-        median = statistics.median(times)
-        return {
-            "median_ms": median,
-            "iqr_ms": iqr(times),
-            "ms_per_token": median / own.tokens,
-            "extra_gib": memory.extra_gib(),
-            "num_repeats": own.repeats,
-        }
+    turns = []
+    for turn in range(own.repeats):
+        turns.append({name: _once(model, name, prompts, own, device) for name in own.variants.split(",")})
+        print(f"batch {batch}, turn {turn + 1} of {own.repeats}: {turns[-1]}", flush=True)
+    rows = []
+    for name in turns[0]:
+        row: dict[str, Any] = {"batch": batch, "variant": "base" if name == "floor" else name}
+        failed = [turn[name] for turn in turns if "error" in turn[name]]
+        if failed:
+            rows.append(row | failed[0])
+            continue
+        times = [turn[name]["ms"] for turn in turns]
+        row |= {"median_ms": statistics.median(times), "iqr_ms": iqr(times), "times_ms": times}
+        row |= {"ms_per_token": row["median_ms"] / own.tokens, "num_repeats": own.repeats}
+        row["extra_gib"] = turns[0][name]["extra_gib"]
+        for other, key in (("peft-lora", "ratio_to_peft_lora"), ("floor", "ratio_to_base")):
+            if all("ms" in turn.get(other, {}) for turn in turns):
+                row[key] = statistics.median(turn[name]["ms"] / turn[other]["ms"] for turn in turns)
+        rows.append(row)
+    return rows
+
+
+def _once(
+    model: PreTrainedModel, name: str, prompts: Tensor, own: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    def work() -> dict[str, Any]:
+        with adapted(model, VARIANTS[name], own.rank) as called:
+            called.eval()
+            memory = Memory(device)
+            _generate(called, prompts, min(8, own.tokens))  # kernels are chosen and compiled
+            return {"ms": _generate(called, prompts, own.tokens), "extra_gib": memory.extra_gib()}
+
+    return figures_or_error(work, device)
 
 
 @torch.no_grad()
@@ -102,17 +118,6 @@ def _generate(called: nn.Module, prompts: Tensor, num_tokens: int) -> float:
     return taken * 1e3
 
 
-def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows with their ratios to PEFT's LoRA and to the base model at the same batch size."""
-    known = {(row["batch"], row["variant"]): row.get("median_ms") for row in rows}
-
-    def ratio(row: dict[str, Any], variant: str) -> float | None:
-        median, reference = row.get("median_ms"), known.get((row["batch"], variant))
-        return median / reference if median and reference else None
-
-    return [{**row, "ratio_to_peft_lora": ratio(row, "peft-lora"), "ratio_to_base": ratio(row, "base")} for row in rows]
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; ``--tiny`` replaces sizes by some that a CPU does in seconds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,7 +128,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens")
-    parser.add_argument("--repeats", type=int, default=3, help="after one of warm-up")
+    parser.add_argument("--repeats", type=int, default=5, help="turns")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--output", type=Path, default=RESULTS)

@@ -150,8 +150,9 @@ def test_a_file_of_results_is_whole_and_has_no_nan(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["rows.json"]
 
 
-def test_the_cost_rule_is_within_its_limit_of_the_saved_times():
-    rows = json.loads((measuring.RESULTS / "kernels.json").read_text())["forms"]
+@pytest.mark.parametrize(("file", "least_timed"), [("kernels", 99), ("kernels_forms", 99)])
+def test_the_cost_rule_is_within_its_limit_of_the_saved_times(file, least_timed):
+    rows = json.loads((measuring.RESULTS / f"{file}.json").read_text())["forms"]
     num_timed = 0
     for row in rows:
         sizes = (row["tokens"], row["in"], row["out"], row["rank"])
@@ -162,4 +163,4 @@ def test_the_cost_rule_is_within_its_limit_of_the_saved_times():
         if chosen in times:
             num_timed += 1
             assert times[chosen] <= (1 + kernel_forms.LIMIT) * fastest, sizes
-    assert num_timed >= 99
+    assert num_timed >= least_timed

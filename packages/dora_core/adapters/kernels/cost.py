@@ -6,23 +6,27 @@ from typing import Literal
 
 Form = Literal["merged", "composed"]
 
-# Fitted to the times of 100 layers on an H200 (benchmarks/results/kernels.json): what is chosen was timed at 99 of
-# them, and is the faster form or within 3 % of it.
+# Fitted to two runs over 100 layers on H200s (benchmarks/results/kernels.json and kernels_forms.json): in both, what is
+# chosen is the faster form or within 1.2 % of it, at the 99 and the 100 layers at which just that was timed.
 BYTES_PER_US = 3.0e6
 """What the kernels that go over a weight or over tokens reach, of 4.2e6 in a plain copy."""
 FLOPS_PER_US = 1.6e8
 """What the low-rank products inside them reach, in time of their own."""
-GEMM_FLOPS_PER_US = 6.0e8
-"""What a low-rank product by cuBLAS reaches."""
+GEMM_BYTES_PER_US = 4.2e6
+"""What a low-rank product by cuBLAS, which adds to its result, reaches: that of a copy."""
+GEMM_FLOPS_PER_US = 5.0e8
+"""What it reaches, in time of its own."""
 WEIGHT_US = 4.0
 """What a pass over a weight takes beyond that, because a small weight does not keep a large GPU busy."""
 NARROW_WEIGHT_US = 4.0
 """What it takes in addition with a rank below 16, the least that a tile can have: masked loads are slower."""
 
 
-def _pass_us(num_elements: int, rank: int, flops_per_us: float = FLOPS_PER_US) -> float:
+def _pass_us(
+    num_elements: int, rank: int, bytes_per_us: float = BYTES_PER_US, flops_per_us: float = FLOPS_PER_US
+) -> float:
     # two bytes are read and two written for each element, and it takes part in ``rank`` multiplications
-    return 4 * num_elements / BYTES_PER_US + 2 * num_elements * rank / flops_per_us
+    return 4 * num_elements / bytes_per_us + 2 * num_elements * rank / flops_per_us
 
 
 def _weight_us(in_features: int, out_features: int, rank: int) -> float:
@@ -48,5 +52,5 @@ def choose_backward_form(num_tokens: int, in_features: int, out_features: int, r
     """
     merged = num_layers * _weight_us(in_features, out_features, rank)
     composed = num_layers * _pass_us(num_tokens * out_features, 0) / 2
-    composed += _pass_us(num_tokens * in_features, num_layers * rank, GEMM_FLOPS_PER_US)
+    composed += _pass_us(num_tokens * in_features, num_layers * rank, GEMM_BYTES_PER_US, GEMM_FLOPS_PER_US)
     return "merged" if merged < composed else "composed"
