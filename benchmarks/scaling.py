@@ -6,7 +6,8 @@
 same rows per GPU: tokens/s per GPU, the efficiency against one GPU, peak GiB, and the shares of three profiled steps in
 which NCCL runs at all and alone. ``losses``: the LLaMA shape in few layers and fp32, the same global batch on each
 number of GPUs, against one GPU with another micro-batch (rounding alone); and a run that goes on from its checkpoint on
-half as many GPUs. Writes ``scaling.json`` after each run, and ``scaling.png``. ``--shape tiny`` tries it on CPU ranks.
+half as many GPUs. Writes ``scaling.json`` after each run, and ``scaling.png``; called again, it measures the speeds
+that are missing there. ``--shape tiny`` tries it on CPU ranks.
 """
 
 from __future__ import annotations
@@ -51,12 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own = parse(arguments)
     own.output.mkdir(parents=True, exist_ok=True)
     llama, llava, data = prepare(own)
-    content: dict[str, Any] = {"environment": environment(), "arguments": vars(own), "speed": [], "losses": []}
-    parts = {"speed": lambda: speed(own, llama, llava, data), "losses": lambda: losses(own, llama)}
+    file = own.output / "scaling.json"
+    content: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"speed": [], "losses": []}
+    content |= {"environment": environment(), "arguments": vars(own)}
+    content["speed"] = [row for row in content["speed"] if "error" not in row]
+    known = {(row["shape"], row["zero"], row["num_gpus"]) for row in content["speed"]}
+    if "losses" in own.parts:
+        content["losses"] = []
+    parts = {"speed": lambda: speed(own, known, llama, llava, data), "losses": lambda: losses(own, llama)}
     for part in own.parts.split(","):
         for row in parts[part]():
             content[part] = with_efficiency([*content[part], row])
-            write_json(own.output / "scaling.json", content)
+            write_json(file, content)
             print(content[part][-1], flush=True)
     rows = [row for row in content["speed"] if "error" not in row]
     if rows:
@@ -77,8 +84,8 @@ def prepare(own: argparse.Namespace) -> tuple[Path, Path, Path]:
     return llama, llava, data
 
 
-def speed(own: argparse.Namespace, llama: Path, llava: Path, data: Path) -> Iterator[dict[str, Any]]:
-    """Yield a row for each shape, stage and number of GPUs."""
+def speed(own: argparse.Namespace, known: set, llama: Path, llava: Path, data: Path) -> Iterator[dict[str, Any]]:
+    """Yield a row for each shape, stage and number of GPUs that is not ``known``."""
     packed = {"model.path": llama, "model.from_scratch": "true", "data.train": f"[{own.rows}]", "data.packing": "true"}
     packed |= {"data.pack_length": own.pack_length, "train.eval_every": own.steps}
     shapes = {
@@ -86,6 +93,8 @@ def speed(own: argparse.Namespace, llama: Path, llava: Path, data: Path) -> Iter
         "llava": ("vlm", "llava15_7b_dora_r128", 16, llava_7b_training.source(llava, data)),
     }
     for shape, zero, count in itertools.product(own.shapes.split(","), own.zero.split(","), own.counts):
+        if (shape, zero, count) in known:
+            continue
         pipeline, recipe, rows_per_gpu, overrides = shapes[shape]
         overrides = overrides | {
             "deepspeed.config": zero,
@@ -95,6 +104,7 @@ def speed(own: argparse.Namespace, llama: Path, llava: Path, data: Path) -> Iter
             "train.max_steps": own.steps,
             "train.save_every": own.steps,
             "log.profile_step": PROFILED_STEP,
+            **dict(item.split("=", 1) for item in own.overrides),
         }
         name = f"{shape}-{zero}-{count}"
         figures = run_recipe(pipeline, recipe, overrides, own.output, name, own.warmup, count)
@@ -203,6 +213,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pack-length", type=int, default=512, help="tokens of a packed row of the LLaMA shape")
     parser.add_argument("--workers", type=int, default=4, help="data workers of each rank")
     parser.add_argument("--shape", choices=llama_7b_training.SHAPES, default="7b")
+    parser.add_argument("--overrides", nargs="*", default=[], help="further overrides of the speed runs, as key=value")
     own = parser.parse_args(arguments)
     available = torch.cuda.device_count() or os.cpu_count() or 1
     words = own.counts.split(",") if own.counts else [str(n) for n in (1, 2, 4, 8) if n <= available]

@@ -1,19 +1,20 @@
 """Fine-tune and merge a LLaMA that does not fit one GPU: ZeRO-3 from shards on disk, with memory of GPUs and host.
 
-    python benchmarks/sharded_model.py --rows data/commonsense --output runs/sharded [--shape 65b] [--layers 60]
+    python benchmarks/sharded_model.py --rows data/commonsense --output runs/sharded [--parts write,train,merge]
 
 Random bf16 weights are written layer by layer, a shard for each; the recipe ``llama_7b_dora_r32`` trains on them for
 some steps under ZeRO-3 on all GPUs, and ``dora merge`` merges its adapter. Host memory is the peak, over the processes
 of a part together, of memory of their own (``anonymous``) and of files mapped into it (``mapped``: above all pages of
 the checkpoint, which count once for each process that has them, and which the kernel takes back when it needs them,
-unless they are files in memory), sampled ten times a second. Writes ``sharded_model.json``.
-``--shape tiny`` tries it on CPU ranks.
+unless they are files in memory), sampled ten times a second. Writes ``sharded_model.json``, in which parts that are
+left out keep what an earlier call found. ``--shape tiny`` tries it on CPU ranks.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -37,17 +38,30 @@ SHAPES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write, train, merge; return 1 if a part failed."""
+    """Do the parts asked for; return 1 if one failed."""
     own = parse(arguments)
     own.output.mkdir(parents=True, exist_ok=True)
-    base, merged = own.base or own.output / "base", own.output / "merged"
-    began = time.perf_counter()
-    num_bytes = write_base(base, own)
-    content: dict[str, Any] = {"environment": environment(), "arguments": vars(own)}
-    content["base"] = {"gib": num_bytes / 2**30, "seconds": time.perf_counter() - began}
+    own.base, own.merged = own.base or own.output / "base", own.merged or own.output / "merged"
+    file = own.output / "sharded_model.json"
+    content: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    content |= {"environment": environment(), "arguments": vars(own)}
+    failed = False
+    for part in own.parts.split(","):
+        began = time.perf_counter()
+        with host_memory(str(own.output), whole=part == "write") as memory:
+            figures = {"write": write_base, "train": train, "merge": merge}[part](own)
+        content[part] = {**figures, "seconds": time.perf_counter() - began, "host_gib": memory}
+        write_json(file, content)
+        failed = failed or "error" in figures
+    print(json.dumps(content, indent=1, default=str))
+    return int(failed)
+
+
+def train(own: argparse.Namespace) -> dict[str, Any]:
+    """Train on all GPUs; return the run's figures."""
     num_ranks = torch.cuda.device_count() or own.num_ranks
     overrides = {
-        "model.path": base,
+        "model.path": own.base,
         "data.train": f"[{own.rows}]",
         "data.num_workers": 0,
         "deepspeed.config": "zero3",
@@ -57,25 +71,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "train.eval_every": own.steps,
         "train.save_every": own.steps,
     }
-    began = time.perf_counter()
-    with host_memory("train.py") as memory:
-        figures = run_recipe("llm", "llama_7b_dora_r32", overrides, own.output, "run", own.steps // 2, num_ranks)
-    content["training"] = {**figures, "seconds": time.perf_counter() - began, "host_gib": memory}
-    write_json(own.output / "sharded_model.json", content)
-    if "error" not in figures and own.merge:
-        command = [sys.executable, "-m", "dora_core.cli", "merge", "llm", "--base", str(base), "--output", str(merged)]
-        began = time.perf_counter()
-        with host_memory("dora_core.cli") as memory:
-            done = subprocess.run([*command, "--adapter", str(own.output / "run" / "adapter")], cwd=ROOT)
-        seconds = time.perf_counter() - began
-        content["merging"] = {"exit_status": done.returncode, "seconds": seconds, "host_gib": memory}
-    write_json(own.output / "sharded_model.json", content)
-    print(json.dumps(content, indent=1, default=str))
-    return int("error" in figures or content.get("merging", {}).get("exit_status", 0) != 0)
+    return run_recipe("llm", "llama_7b_dora_r32", overrides, own.output, "run", own.steps // 2, num_ranks)
 
 
-def write_base(folder: Path, own: argparse.Namespace) -> int:
-    """Write config, tokenizer and random bf16 weights, a shard for each layer; return the weights' bytes."""
+def merge(own: argparse.Namespace) -> dict[str, Any]:
+    """Merge the run's adapter by the command that users give."""
+    command = [sys.executable, "-m", "dora_core.cli", "merge", "llm", "--base", str(own.base)]
+    command += ["--adapter", str(own.output / "run" / "adapter"), "--output", str(own.merged)]
+    done = subprocess.run(command, cwd=ROOT)
+    return {"error": f"status {done.returncode}"} if done.returncode else {}
+
+
+def write_base(own: argparse.Namespace) -> dict[str, Any]:
+    """Write config, tokenizer and random bf16 weights, a shard for each layer; return the weights' size."""
+    folder = own.base
     if not (folder / "config.json").is_file():
         write_shape(folder, "tiny", own.rows)
     sizes = {**SHAPES[own.shape], **({"num_hidden_layers": own.layers} if own.layers else {})}
@@ -99,7 +108,7 @@ def write_base(folder: Path, own: argparse.Namespace) -> int:
         save_file(tensors, folder / file, {"format": "pt"})
     index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    return num_bytes
+    return {"gib": num_bytes / 2**30, "num_layers": config.num_hidden_layers}
 
 
 def random_weight(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
@@ -111,8 +120,8 @@ def random_weight(shape: torch.Size, generator: torch.Generator) -> torch.Tensor
 
 
 @contextmanager
-def host_memory(word: str) -> Iterator[dict[str, float]]:
-    """Give the peaks, in GiB, of all processes together that have ``word`` in their command line."""
+def host_memory(word: str, whole: bool) -> Iterator[dict[str, float]]:
+    """Give the peaks, in GiB, of all processes together that have ``word`` in their command; this too if ``whole``."""
     peaks = {"anonymous": 0.0, "mapped": 0.0}
     stopped = threading.Event()
 
@@ -121,6 +130,8 @@ def host_memory(word: str) -> Iterator[dict[str, float]]:
             sums = {"RssAnon": 0, "RssFile": 0, "RssShmem": 0}
             for folder in Path("/proc").glob("[0-9]*"):
                 try:
+                    if not whole and folder.name == str(os.getpid()):
+                        continue
                     if word not in (folder / "cmdline").read_text(errors="replace"):
                         continue
                     lines = (folder / "status").read_text().splitlines()
@@ -148,12 +159,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", required=True, help="folder with <task>/train.json, or a file of rows")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--base", type=Path, help="folder of the weights (OUTPUT/base); may be in memory, as /dev/shm")
+    parser.add_argument("--merged", type=Path, help="folder of the merged model (OUTPUT/merged)")
     parser.add_argument("--shape", choices=SHAPES, default="65b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=4, help="rows per GPU and step")
     parser.add_argument("--num-ranks", type=int, default=2, help="without a GPU")
-    parser.add_argument("--no-merge", dest="merge", action="store_false")
+    parser.add_argument("--parts", default="write,train,merge")
     return parser.parse_args(arguments)
 
 

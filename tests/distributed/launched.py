@@ -1,4 +1,7 @@
-"""Starting the tiny run of the LLM pipeline under the ``deepspeed`` command, and looking at its processes."""
+"""Starting the tiny run of the LLM pipeline under the ``deepspeed`` command, and looking at its processes.
+
+Two ranks: on GPUs, with NCCL, where there are two, else on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import torch
 
 from dora_core.engine.distributed import free_port
 
@@ -31,8 +36,8 @@ def command(*overrides: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     # No PYTHONPATH: the script finds its checkout by itself, from any directory.
-    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    return kept if torch.cuda.device_count() > 1 else {**kept, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
 def start(folder: Path, overrides: list[str]) -> subprocess.Popen:
