@@ -1,4 +1,4 @@
-"""Whether the rule in ``kernels.cost`` picks the faster of the two ways of computing an adapted linear layer."""
+"""Whether the rules in ``kernels.cost`` pick the fastest way of computing an adapted linear layer."""
 
 from __future__ import annotations
 
@@ -15,28 +15,41 @@ from dora_core.adapters.kernels import (
     Projection,
     Settings,
     choose_backward_form,
+    choose_dense,
     choose_form,
     fused_linears,
     row_norm,
 )
 
-FORMS = {"merged": "merged", "composed": "composed", "rule": None}
 LIMIT = 0.03
 """What the rule may lose against the faster form."""
 
 
 def form_rows(
-    grid: Iterable[tuple[tuple[int, int], int, int]], adapters: torch.dtype, device: torch.device
+    grid: Iterable[tuple[tuple[int, int], int, int]],
+    adapters: torch.dtype,
+    device: torch.device,
+    *,
+    full_norm: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each ((in, out), rank, tokens): DoRA in bf16 with A and B in the type ``adapters``."""
+    """Yield a row for each ((in, out), rank, tokens): DoRA in bf16 with A and B in the type ``adapters``.
+
+    ``full_norm``: with a bias and the norm differentiated, where ``dense`` can pay off.
+    """
     for (in_features, out_features), rank, tokens in grid:
         row: dict[str, Any] = {"in": in_features, "out": out_features, "tokens": tokens, "rank": rank}
-        work = partial(_measured, in_features, out_features, tokens, rank, adapters, device)
+        work = partial(_measured, in_features, out_features, tokens, rank, adapters, device, full_norm)
         yield row | figures_or_error(work, device)
 
 
 def _measured(
-    in_features: int, out_features: int, tokens: int, rank: int, adapters: torch.dtype, device: torch.device
+    in_features: int,
+    out_features: int,
+    tokens: int,
+    rank: int,
+    adapters: torch.dtype,
+    device: torch.device,
+    full_norm: bool,
 ) -> dict[str, Any]:
     def operands() -> tuple[Tensor, ...]:
         half = {"dtype": torch.bfloat16, "device": device}
@@ -45,6 +58,7 @@ def _measured(
         lora_B = torch.empty(out_features, rank, dtype=adapters, device=device).normal_(0, 0.01)
         norm = row_norm(weight, lora_A, lora_B, 2.0)
         trained = [torch.randn(tokens, in_features, **half), lora_A, lora_B, norm * 1.01]
+        trained += [torch.zeros(out_features, **half)] if full_norm else []
         return *(tensor.requires_grad_() for tensor in trained), weight, norm, torch.randn(tokens, out_features, **half)
 
     copies = [operands()]
@@ -52,22 +66,27 @@ def _measured(
 
     def layer(form: str | None) -> Callable[[int], Any]:
         def call(index: int) -> Any:
-            x, lora_A, lora_B, magnitude, weight, norm, dy = copies[index]
-            settings = Settings(2.0, form=form)
-            (y,) = fused_linears(x, [Projection(weight, None, lora_A, lora_B, magnitude, norm, settings)])
-            return torch.autograd.grad(y, (x, lora_A, lora_B, magnitude), dy)
+            x, lora_A, lora_B, magnitude, *bias, weight, norm, dy = copies[index]
+            projection = Projection(weight, None, lora_A, lora_B, magnitude, norm, Settings(2.0, full_norm, form=form))
+            (y,) = fused_linears(x, [projection._replace(bias=bias[0]) if bias else projection])
+            return torch.autograd.grad(y, (x, lora_A, lora_B, magnitude, *bias), dy)
 
         return call
 
-    times = time_calls([layer(form) for form in FORMS.values()], len(copies), device)
-    found = dict(zip(FORMS, times, strict=True))
-    chosen = [choose(tokens, in_features, out_features, rank) for choose in (choose_form, choose_backward_form)]
+    ways = ("composed", "dense") if full_norm else ("merged", "composed")
+    times = time_calls([layer(form) for form in (*ways, None)], len(copies), device)
+    found = dict(zip((*ways, "rule"), times, strict=True))
+    sizes = (tokens, in_features, out_features, rank)
+    if full_norm:
+        chosen = ("dense" if choose_dense(*sizes, has_bias=True) else "composed",) * 2
+    else:
+        chosen = (choose_form(*sizes), choose_backward_form(*sizes))
     facts: dict[str, Any] = {"forward": chosen[0], "backward": chosen[1], "num_copies": len(copies)}
     for form, time in found.items():
         facts |= {f"{form}_{key}": value for key, value in vars(time).items()}
     # one form in both directions is what was timed under its name: a second time of it would add noise alone
     taken = found[chosen[0]] if chosen[0] == chosen[1] else found["rule"]
-    facts["loss"] = taken.us / min(found["merged"].us, found["composed"].us) - 1
+    facts["loss"] = taken.us / min(found[way].us for way in ways) - 1
     return facts
 
 

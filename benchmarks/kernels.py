@@ -1,12 +1,13 @@
 """Time the fused kernels by themselves, and check the rule that picks the form of an adapted product.
 
-    python benchmarks/kernels.py [--parts peaks,operators,forms]
+    python benchmarks/kernels.py [--parts peaks,operators,forms,dense]
     TRITON_INTERPRET=1 python benchmarks/kernels.py --tiny --device cpu
 
 ``peaks``: a copy of 1 GiB of bf16 and a bf16 product of 8192^3, what the rest is measured by. ``operators``: each
 operator of ``torch.ops.dora_core`` and the product x W^T, with the bytes of its operands and results over its time.
 ``forms``: forward and backward of one adapted linear layer, both merged, both composed, and each as the cost rule
 picks; ``loss`` is the rule's time over the faster form's, less 1, and negative where a mixture is faster than either.
+``dense``: the same for layers with a bias whose norm is differentiated, composed and with gradients from the weight's.
 
 Times are of the device alone: every loop is queued behind a sleeping kernel (``hidden`` says whether that worked), over
 as many copies of the operands as make four times the L2 cache, so operands come from memory as in a model. What one
@@ -34,6 +35,7 @@ import dora_core.adapters.kernels.fused  # noqa: F401  (registers the operators)
 SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096)]
 """(in, out) of LLaMA-7B's layers."""
 MORE_SHAPES = [(768, 768), (4096, 1024)]
+DENSE_SHAPES = [(768, 768), (1024, 1024), (2048, 2048), (4096, 4096)]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 COLUMNS = {
     "operator": "",
@@ -55,6 +57,7 @@ FORM_COLUMNS = {
     "rank": "d",
     "merged_us": ".1f",
     "composed_us": ".1f",
+    "dense_us": ".1f",
     "rule_us": ".1f",
     "forward": "",
     "backward": "",
@@ -67,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own = parse(arguments)
     device = torch.device(own.device)
     content: dict[str, Any] = {"environment": versions(), "settings": settings(own), "peaks": {}, "operators": []}
-    content |= {"forms": [], "forms_summary": {}}
+    content |= {"forms": [], "forms_summary": {}, "dense": [], "dense_summary": {}}
 
     def save() -> None:
         write_json(own.output / f"{own.name}.json", content)
@@ -80,16 +83,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             content["operators"].append(row)
             save()
         print(table(content["operators"], COLUMNS))
-    if "forms" in own.parts:
-        grid = itertools.product(own.form_shapes, own.form_ranks, own.form_tokens)
-        for row in form_rows(grid, DTYPES[own.form_adapters], device):
-            content["forms"].append(row)
-            content["forms_summary"] = summary(content["forms"])
+    for part, shapes in (("forms", own.form_shapes), ("dense", own.dense_shapes)):
+        if part not in own.parts:
+            continue
+        grid = itertools.product(shapes, own.form_ranks, own.form_tokens)
+        for row in form_rows(grid, DTYPES[own.form_adapters], device, full_norm=part == "dense"):
+            content[part].append(row)
+            content[f"{part}_summary"] = summary(content[part])
             save()
-        print(table(content["forms"], FORM_COLUMNS))
-    print(content["peaks"], content["forms_summary"], sep="\n")
-    failed = any("error" in row for row in content["operators"] + content["forms"])
-    return int(failed or content["forms_summary"].get("num_above_limit", 0) > 0)
+        print(table(content[part], FORM_COLUMNS))
+    summaries = [content["forms_summary"], content["dense_summary"]]
+    print(content["peaks"], *summaries, sep="\n")
+    failed = any("error" in row for row in content["operators"] + content["forms"] + content["dense"])
+    return int(failed or any(each.get("num_above_limit", 0) > 0 for each in summaries))
 
 
 def peaks(own: argparse.Namespace, device: torch.device) -> dict[str, float]:
@@ -121,7 +127,7 @@ def operator_rows(own: argparse.Namespace, device: torch.device, copy_gb_per_s: 
             yield measured("product x W^T", {**size, "tokens": tokens})
         for rank, adapters in itertools.product(own.ranks, own.adapters):
             facts = {**size, "rank": rank, "adapters": adapters}
-            for name in ("row_norm", "effective_weight"):
+            for name in ("row_norm", "effective_weight", "weight_gradients"):
                 yield measured(name, facts, adapters)
             for tokens in own.tokens:
                 for name in ("compose", "output_gradients merged", "output_gradients composed"):
@@ -158,11 +164,15 @@ def _operands(name: str, facts: dict[str, Any], adapters: torch.dtype | None, de
         return random(tokens, in_features), random(out_features, in_features, scale=0.02).t()
     lora_B = random(out_features, rank, dtype=adapters, scale=0.01)
     gain = (1 + torch.rand(out_features, device=device), 1 + torch.rand(out_features, device=device))
-    if name in ("row_norm", "effective_weight"):
+    if name in ("row_norm", "effective_weight", "weight_gradients"):
         weight = random(out_features, in_features, scale=0.02)
-        lora_A = random(rank, in_features, dtype=adapters, scale=0.01)
-        low_rank = (weight, lora_A, lora_B)
-        return (*low_rank, 2.0) if name == "row_norm" else (*low_rank, *gain, 2.0, torch.bfloat16)
+        low_rank = (weight, random(rank, in_features, dtype=adapters, scale=0.01), lora_B)
+        if name == "row_norm":
+            return *low_rank, 2.0
+        if name == "effective_weight":
+            return *low_rank, *gain, 2.0, torch.bfloat16
+        gradient = random(out_features, in_features, dtype=torch.float32)
+        return gradient, *low_rank, *gain, 2.0, True, torch.bfloat16
     hidden = random(tokens, rank)
     if name == "compose":
         return random(tokens, out_features), hidden, lora_B, *gain, None, 2.0
@@ -174,7 +184,7 @@ def _operands(name: str, facts: dict[str, Any], adapters: torch.dtype | None, de
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; ``--tiny`` replaces sizes by some that Triton's interpreter does on a CPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="peaks,operators,forms")
+    parser.add_argument("--parts", default="peaks,operators,forms,dense")
     parser.add_argument("--adapters", default="bfloat16,float32", help="types of A and B for the operators")
     parser.add_argument("--form-adapters", choices=DTYPES, default="float32", help="type of A and B for the forms")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -186,11 +196,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     own.copy_bytes, own.product_size = GIB, 8192
     own.shapes, own.tokens, own.ranks = SHAPES, [2048, 4096, 16384], [32, 128, 384]
     own.form_shapes, own.form_ranks = SHAPES + MORE_SHAPES, [8, 32, 128, 384]
+    own.dense_shapes = DENSE_SHAPES
     own.form_tokens = [256, 1024, 2048, 4096, 16384]
     if own.tiny:
         own.copy_bytes, own.product_size = 1 << 20, 64
         own.shapes, own.tokens, own.ranks = [(32, 48)], [16], [8]
         own.form_shapes, own.form_ranks, own.form_tokens = [(32, 48)], [8], [16]
+        own.dense_shapes = own.form_shapes
     return own
 
 

@@ -123,8 +123,8 @@ def test_every_operator_and_form_is_timed_in_the_interpreter(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     content = json.loads((tmp_path / "kernels.json").read_text())
-    rows = content["operators"] + content["forms"]
-    assert content["peaks"]["copy_gb_per_s"] > 0 and len(rows) == 12, done.stderr
+    rows = content["operators"] + content["forms"] + content["dense"]
+    assert content["peaks"]["copy_gb_per_s"] > 0 and len(rows) == 15, done.stderr
     assert not [row["error"] for row in rows if "error" in row]
 
 

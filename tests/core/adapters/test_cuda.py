@@ -132,7 +132,7 @@ def composition(x, weight, bias, lora_A, lora_B, magnitude, norm, scale):
     return y if bias is None else y + bias
 
 
-@pytest.mark.parametrize("form", ["merged", "composed"])
+@pytest.mark.parametrize("form", ["merged", "composed", "dense"])
 @pytest.mark.parametrize("change", [0.1, 1e-3])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rank", [16, 100])

@@ -3,7 +3,7 @@
 Importing this package needs no Triton; calling ``fused_linears``, ``row_norm`` and ``row_norms`` does.
 """
 
-from dora_core.adapters.kernels.cost import Form, choose_backward_form, choose_form
+from dora_core.adapters.kernels.cost import Form, choose_backward_form, choose_dense, choose_form
 from dora_core.adapters.kernels.dispatch import (
     casts_factors,
     fused_linears,
@@ -22,6 +22,7 @@ __all__ = [
     "Stack",
     "casts_factors",
     "choose_backward_form",
+    "choose_dense",
     "choose_form",
     "fused_linears",
     "kernel_choice",

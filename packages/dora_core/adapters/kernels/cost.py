@@ -1,10 +1,10 @@
-"""Which of the two ways of computing an adapted product is faster."""
+"""Which of the ways of computing an adapted product is faster."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-Form = Literal["merged", "composed"]
+Form = Literal["merged", "composed", "dense"]
 
 # Fitted to two runs over 100 layers on H200s (benchmarks/results/kernels.json and kernels_forms.json): in both, what is
 # chosen is the faster form or within 1.2 % of it, at the 99 and the 100 layers at which just that was timed.
@@ -12,10 +12,14 @@ BYTES_PER_US = 3.0e6
 """What the kernels that go over a weight or over tokens reach, of 4.2e6 in a plain copy."""
 FLOPS_PER_US = 1.6e8
 """What the low-rank products inside them reach, in time of their own."""
+PRODUCT_FLOPS_PER_US = 7.5e8
+"""What a large product by cuBLAS reaches."""
 GEMM_BYTES_PER_US = 4.2e6
 """What a low-rank product by cuBLAS, which adds to its result, reaches: that of a copy."""
 GEMM_FLOPS_PER_US = 5.0e8
 """What it reaches, in time of its own."""
+LAUNCH_US = 4.0
+"""What a kernel takes that has next to nothing to do."""
 WEIGHT_US = 4.0
 """What a pass over a weight takes beyond that, because a small weight does not keep a large GPU busy."""
 NARROW_WEIGHT_US = 4.0
@@ -54,3 +58,20 @@ def choose_backward_form(num_tokens: int, in_features: int, out_features: int, r
     composed = num_layers * _pass_us(num_tokens * out_features, 0) / 2
     composed += _pass_us(num_tokens * in_features, num_layers * rank, GEMM_BYTES_PER_US, GEMM_FLOPS_PER_US)
     return "merged" if merged < composed else "composed"
+
+
+def choose_dense(num_tokens: int, in_features: int, out_features: int, rank: int, has_bias: bool) -> bool:
+    """Return whether a layer whose norm is differentiated should take all its gradients from dL/dW = dy^T x [out, in].
+
+    ``dense`` forms the weight in both directions, takes one more product of the base's size, and goes over dL/dW twice
+    to have dm and dL/dV, whose products with A and B are small. The other forms have five products of [tokens, r] and
+    a pass over the output in each direction, or over the weight instead in the forward pass of a layer without a bias;
+    and six launches more. Pays off in small layers of large rank.
+    """
+    size = in_features * out_features
+    weight, small = _weight_us(in_features, out_features, rank), 4 * size * rank / GEMM_FLOPS_PER_US
+    dense = 5 * weight + 2 * num_tokens * size / PRODUCT_FLOPS_PER_US + small
+    composed = _pass_us(num_tokens * out_features, rank)
+    others = (composed if has_bias else min(weight, composed)) + _pass_us(num_tokens * out_features, 0) + weight + small
+    others += 2 * num_tokens * rank * (2 * in_features + 2 * out_features) / GEMM_FLOPS_PER_US + 6 * LAUNCH_US
+    return dense < others

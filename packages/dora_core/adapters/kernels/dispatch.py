@@ -72,7 +72,7 @@ def kernel_choice(choice: str, dtypes: Iterable[torch.dtype], dropout: float, dr
     if reason or (choice == "auto" and device == "cpu"):
         return f"plain, not the fused ones: {reason or 'they run on CUDA, not on the cpu'}"
     where = torch.cuda.get_device_name() if device == "cuda" else "Triton's interpreter"
-    return f"fused, on {where}; each call merges or composes, whichever should be faster"
+    return f"fused, on {where}; each call computes in the way that should be fastest"
 
 
 def refuse(reason: str) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dora_core.adapters.kernels.cost import Form, choose_backward_form, choose_form
+from dora_core.adapters.kernels.dense import dense_gradients
+from dora_core.adapters.kernels.forms import backward_form, forward_form, is_dense, keeps_output, needs_base
 from dora_core.adapters.kernels.gradient_ops import dropped_gradient, output_gradients, transposed_product
 from dora_core.adapters.kernels.launch import cast
 from dora_core.adapters.kernels.projection import Projection, Stack
@@ -33,6 +34,7 @@ def fused_linears(x: Tensor, layers: Sequence[Projection] | Stack, dropout: floa
     rounds the weight without bias, together up to twice the error of one rounding of y. Kept for the backward pass
     beside x: one [tokens, r] and, for the gradient of the magnitude, the output itself, which nobody may write to
     unseen by torch, or one [tokens, out]. A dropout mask is drawn again from its seed, a formed weight formed again.
+    Where the norm is differentiated, small layers are ``dense``, see ``choose_dense``: x alone is kept.
     """
     seed = torch.randint(2**31, (1,), device=x.device) if dropout > 0 else None
     stack = layers if isinstance(layers, Stack) else Stack(layers, x.dtype)
@@ -47,17 +49,17 @@ def fused_linears(x: Tensor, layers: Sequence[Projection] | Stack, dropout: floa
 
 
 def _forward(
-    x: Tensor, stack: Stack, keeps: Sequence[bool], seed: Tensor | None, dropout: float
+    x: Tensor, stack: Stack, keeps: Sequence[bool], seed: Tensor | None, dropout: float, dense: bool = False
 ) -> tuple[list[Tensor], list[Tensor | None], list[bool], Tensor | None]:
     """Return outputs [..., out], what m needs of them where ``keeps``, whether it is the output, and hidden."""
     dtype, projections = x.dtype, stack.projections
-    forms = [_forward_form(p, x, seed, each) for p, each in zip(projections, keeps, strict=True)]
+    forms = [forward_form(p, x, seed, each, dense) for p, each in zip(projections, keeps, strict=True)]
     hidden = _hidden(_flat(x), stack, seed, dropout) if "composed" in forms else None
     outputs, kept = [], []
     for i, (p, form, keep, low) in enumerate(zip(projections, forms, keeps, _slices(hidden, stack), strict=True)):
         bias, base = cast(p.bias, dtype), None
         if form == "merged":
-            y = linear(x, _formed(stack, i), bias)
+            y = linear(x, stack.formed(i), bias)
         elif p.settings.untouched:  # the base layer's own kernel, so that the result is its result bit for bit
             y = linear(x, cast(p.weight, dtype), bias)
             if keep and bias is not None:
@@ -65,7 +67,7 @@ def _forward(
         else:
             base = linear(x, cast(p.weight, dtype))
             factors = (low, stack.lora_B(i), p.magnitude, p.norm, bias, p.settings.scale)
-            keeps_base = keep and _needs_base(p, x)
+            keeps_base = keep and needs_base(p, x)
             y = compose(base, *factors, over=not keeps_base)
             if not keeps_base:
                 base = None
@@ -85,10 +87,13 @@ class _FusedLinears(torch.autograd.Function):
         stack = stack or Stack(_projections(tensors, settings), x.dtype)
         projections = stack.projections
         needs = _needs(ctx, len(projections))
-        keeps = [_keeps_output(p, need[3]) for p, need in zip(projections, needs, strict=True)]
-        outputs, kept, ctx.kept_is_output, hidden = _forward(x, stack, keeps, seed, dropout)
-        keeps_x = any([n[1] or n[2] for n in needs]) or any(keeps)
-        ctx.save_for_backward(x if keeps_x else None, seed, hidden if keeps_x else None, *kept, *saved)
+        trains = any([need[1] or need[2] or need[3] for need in needs])
+        ctx.is_dense = dense = trains and seed is None and is_dense(x, projections)
+        keeps = [not dense and keeps_output(p, need[3]) for p, need in zip(projections, needs, strict=True)]
+        outputs, kept, ctx.kept_is_output, hidden = _forward(x, stack, keeps, seed, dropout, dense)
+        keeps_x = trains or any(keeps)
+        kept_hidden = hidden if keeps_x and not dense else None
+        ctx.save_for_backward(x if keeps_x else None, seed, kept_hidden, *kept, *saved)
         ctx.versions = None if saved else _versions(projections)
         ctx.options = (x.shape, dropout, settings, x.dtype)
         return tuple(outputs)
@@ -109,7 +114,10 @@ class _FusedLinears(torch.autograd.Function):
             )
         needs = _needs(ctx, len(projections))
         need_x = ctx.needs_input_grad[0]
-        merged = seed is None and _backward_form(projections, math.prod(shape[:-1])) == "merged"
+        if ctx.is_dense:
+            dx, grads = dense_gradients(x, [cast(_flat(dy), dtype) for dy in dys], stack, needs, need_x)
+            return _gradients(ctx, dx, grads)
+        merged = seed is None and backward_form(projections, math.prod(shape[:-1])) == "merged"
         if hidden is None and x is not None:
             hidden = _hidden(x, stack, seed, dropout)
         wants_u = any([need[1] for need in needs]) or (need_x and not merged)
@@ -117,7 +125,7 @@ class _FusedLinears(torch.autograd.Function):
         for i, (p, need, low) in enumerate(zip(projections, needs, _slices(hidden, stack), strict=True)):
             dy = cast(_flat(dys[i]), dtype)
             full_norm = p.settings.full_norm and p.rank > 0
-            formed = _formed(stack, i) if (merged and need_x) or full_norm else None
+            formed = stack.formed(i) if (merged and need_x) or full_norm else None
             projected = torch.mm(formed, stack.lora_A(i).t()) if full_norm else None
             gained = p.magnitude is not None and not merged
             tensors = (dy, kept[i], low, p.lora_B, p.magnitude, p.norm, projected)
@@ -141,9 +149,14 @@ class _FusedLinears(torch.autograd.Function):
                 dx.addmm_(u, stack.lora_A())
             if any([need[1] for need in needs]):
                 _give_gradients_of_a(grads, norm_parts, projections, x, u, seed, dropout)
-        dx = None if dx is None else dx.view(shape)
-        frozen = () if ctx.known else (None,) * (2 * len(projections))
-        return (dx, None, None, None, None, *[grad for each in grads for grad in each], *frozen)
+        return _gradients(ctx, dx, grads)
+
+
+def _gradients(ctx, dx: Tensor | None, grads: Sequence[Sequence[Tensor | None]]) -> tuple[Tensor | None, ...]:
+    """Return what belongs to the arguments of the function, from the gradients of x and of each projection."""
+    dx = None if dx is None else dx.view(ctx.options[0])
+    frozen = () if ctx.known else (None,) * (2 * len(grads))
+    return (dx, *[None] * (NUM_OTHERS - 1), *[grad for each in grads for grad in each], *frozen)
 
 
 def _give_gradients_of_a(grads, norm_parts, projections, x, u, seed, dropout) -> None:
@@ -179,40 +192,6 @@ def _needs(ctx, num_projections: int) -> list[Sequence[bool]]:
 def _versions(projections: Sequence[Projection]) -> list[int]:
     trained = [tensor for p in projections for tensor in (p.lora_A, p.lora_B, p.magnitude)]
     return [tensor._version for tensor in trained if tensor is not None]
-
-
-def _keeps_output(p: Projection, need_m: bool) -> bool:
-    return p.magnitude is not None and (need_m or (p.settings.full_norm and p.rank > 0))
-
-
-def _forward_form(p: Projection, x: Tensor, seed: Tensor | None, keeps: bool) -> Form:
-    # a formed weight has no base product, and cannot have dropout
-    if seed is not None or (keeps and _needs_base(p, x)) or p.settings.untouched:
-        return "composed"
-    out_features, in_features = p.weight.shape
-    return p.settings.form or choose_form(x.numel() // in_features, in_features, out_features, p.rank)
-
-
-def _needs_base(p: Projection, x: Tensor) -> bool:
-    """Whether the magnitude's gradient cannot be taken from the output: it has a bias, or little range as fp16 has."""
-    return p.bias is not None or x.dtype == torch.float16
-
-
-def _backward_form(projections: Sequence[Projection], num_tokens: int) -> Form:
-    if any([p.settings.full_norm for p in projections]):
-        return "merged"  # the weight is needed in any case
-    (out_features, in_features), widest = projections[0].weight.shape, projections[0]
-    for p in projections[1:]:
-        if p.weight.shape[0] > out_features:
-            out_features, widest = p.weight.shape[0], p
-    sizes = (num_tokens, in_features, out_features, widest.rank)
-    return widest.settings.form or choose_backward_form(*sizes, len(projections))
-
-
-def _formed(stack: Stack, i: int) -> Tensor:
-    p = stack.projections[i]
-    factors = (stack.lora_A(i), stack.lora_B(i)) if p.rank else (None, None)
-    return effective_weight(p.weight, *factors, p.magnitude, p.norm, p.settings.scale, stack.dtype)
 
 
 def _hidden(x: Tensor, stack: Stack, seed: Tensor | None, dropout: float) -> Tensor | None:

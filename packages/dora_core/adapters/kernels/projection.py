@@ -23,7 +23,7 @@ class Settings(NamedTuple):
     untouched: bool = False
     """The promise that B = 0 and g = 1."""
     form: Form | None = None
-    """The way of computing; the cost rule's if not given. What ``merged`` cannot do is composed in any case."""
+    """The way of computing; the cost rule's if not given. What the others cannot do is composed in any case."""
 
 
 class Projection(NamedTuple):
@@ -93,3 +93,11 @@ class Stack:
             if self._keeps:
                 self._lora_B[i] = lora_B
         return lora_B
+
+    def formed(self, i: int) -> Tensor:
+        """Return g (W + s B A) [out, in] of a layer, formed anew."""
+        from dora_core.adapters.kernels.weight_ops import effective_weight  # needs Triton
+
+        p = self.projections[i]
+        factors = (self.lora_A(i), self.lora_B(i)) if p.rank else (None, None)
+        return effective_weight(p.weight, *factors, p.magnitude, p.norm, p.settings.scale, self.dtype)

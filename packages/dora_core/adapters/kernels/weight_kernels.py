@@ -1,4 +1,4 @@
-"""Triton kernels that go over a weight: its row norms, and g (W + s B A)."""
+"""Triton kernels that go over a weight: its row norms, g (W + s B A), and what dL/dW says of B A and m."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import triton.language as tl
 
 from dora_core.adapters.kernels.tiles import (
     comes_last,
+    gain_and_inverse,
     gain_off_zero,
     left_factor,
     low_rank_product,
@@ -178,3 +179,45 @@ def effective_weight_kernel(
             weight_ptr, a_ptr, b_ptr, b, g, row_bits, out_ptr, rows, first, row_mask, num_columns, scale,
             stride_w, stride_wc, RANK, HAS_MAGNITUDE, DITHER, BLOCK_N, BLOCK_R, OPERAND, PRECISION,
         )  # fmt: skip
+
+
+@triton.jit
+def weight_gradients_kernel(
+    gradient_ptr, weight_ptr, a_ptr, b_ptr, magnitude_ptr, norm_ptr, out_ptr, dm_ptr, num_rows, num_columns, scale,
+    stride_w, stride_wc,
+    RANK: tl.constexpr, HAS_MAGNITUDE: tl.constexpr, FULL_NORM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dm [num_rows], and out [num_rows, num_columns] = s dL/dV; see ``weight_gradients``."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = rows < num_rows
+    b = None
+    if RANK > 0:
+        b = left_factor(b_ptr, rows, tl.arange(0, BLOCK_R), row_mask, RANK, RANK, OPERAND)
+    places = rows[:, None].to(tl.int64) * num_columns
+    if HAS_MAGNITUDE:
+        g, inverse = gain_and_inverse(magnitude_ptr, norm_ptr, rows, row_mask)
+        dots = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # summed over columns once, at the end
+        for start in tl.range(0, num_columns, BLOCK_N, num_stages=STAGES):
+            v, columns, mask = _updated_tile(
+                weight_ptr, a_ptr, b_ptr, b, rows, start, row_mask, num_columns, scale, stride_w, stride_wc,
+                RANK, BLOCK_N, BLOCK_R, OPERAND, PRECISION,
+            )  # fmt: skip
+            dots += v * tl.load(gradient_ptr + places + columns[None, :], mask=mask, other=0.0)
+        dm = tl.sum(dots, 1) * inverse
+        tl.store(dm_ptr + rows, dm.to(dm_ptr.dtype.element_ty), mask=row_mask)
+    for start in tl.range(0, num_columns, BLOCK_N, num_stages=STAGES):
+        columns = start + tl.arange(0, BLOCK_N)
+        mask = row_mask[:, None] & (columns < num_columns)[None, :]
+        gradient = tl.load(gradient_ptr + places + columns[None, :], mask=mask, other=0.0)
+        if FULL_NORM:
+            v, _columns, _mask = _updated_tile(
+                weight_ptr, a_ptr, b_ptr, b, rows, start, row_mask, num_columns, scale, stride_w, stride_wc,
+                RANK, BLOCK_N, BLOCK_R, OPERAND, PRECISION,
+            )  # fmt: skip
+            gradient -= (dm * inverse)[:, None] * v
+        if HAS_MAGNITUDE:
+            gradient *= g[:, None]
+        out = out_ptr + places + columns[None, :]
+        tl.store(out, (scale * gradient).to(out_ptr.dtype.element_ty), mask=mask)

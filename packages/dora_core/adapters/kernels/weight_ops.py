@@ -1,4 +1,4 @@
-"""Operators on a frozen weight W [out, in] with its low-rank factors: row norms, and g (W + s B A)."""
+"""Operators on a frozen weight W [out, in] with its low-rank factors: row norms, g (W + s B A), and gradients."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ from dora_core.adapters.kernels.launch import (
     facts,
     low_rank_tiles,
     operand,
+    rank_block,
     split,
 )
 from dora_core.adapters.kernels.library import register
 
 _row_norm_kernel = Kernel(weight_kernels.row_norm_kernel)
 _effective_weight_kernel = Kernel(weight_kernels.effective_weight_kernel)
+_weight_gradients_kernel = Kernel(weight_kernels.weight_gradients_kernel)
 
 
 @lru_cache(MAX_KNOWN)
@@ -151,3 +153,58 @@ effective_weight = register(
     lambda weight, lora_A, lora_B, magnitude, norm, scale, dtype: empty(weight, *weight.shape, dtype=dtype),
 )
 """g (W + s B A) [out, in] in ``dtype``; bf16 is rounded without bias, see ``effective_weight_kernel``."""
+
+
+@lru_cache(MAX_KNOWN)
+def _weight_gradients_launch(
+    weight: tuple, lora_A: tuple, dtypes: tuple[torch.dtype | None, ...], scale: float, full_norm: bool
+) -> Launch:
+    ((num_rows, num_columns), strides, _), (shape, _, _) = weight, lora_A
+    dtype, magnitude, *_ = dtypes
+    rank = shape[0] if shape else 0
+    return _weight_gradients_kernel.bind(
+        (cdiv(num_rows, 16), 1, 1),
+        (num_rows, num_columns, scale, *strides),
+        RANK=rank,
+        HAS_MAGNITUDE=magnitude is not None,
+        FULL_NORM=full_norm,
+        BLOCK_M=16,
+        BLOCK_N=128,
+        BLOCK_R=rank_block(rank, 128),
+        STAGES=2,
+        **operand(dtype),
+    )
+
+
+def _weight_gradients(
+    gradient: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    magnitude: Tensor | None,
+    norm: Tensor | None,
+    scale: float,
+    full_norm: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    lora_A, lora_B = contiguous(lora_A), contiguous(lora_B)
+    dtypes = (dtype, dtype_of(magnitude), dtype_of(lora_A), dtype_of(lora_B))
+    launch = _weight_gradients_launch(facts(weight), facts(lora_A), dtypes, float(scale), full_norm)
+    out, dm = empty(gradient, *gradient.shape, dtype=dtype), None if magnitude is None else torch.empty_like(magnitude)
+    launch(contiguous(gradient), weight, lora_A, lora_B, magnitude, norm, out, dm)
+    return out, dm
+
+
+weight_gradients = register(
+    "weight_gradients(Tensor gradient, Tensor weight, Tensor? lora_A, Tensor? lora_B, Tensor? magnitude, "
+    "Tensor? norm, float scale, bool full_norm, ScalarType dtype) -> (Tensor, Tensor?)",
+    _weight_gradients,
+    lambda gradient, weight, lora_A, lora_B, magnitude, norm, scale, full_norm, dtype: (
+        empty(gradient, *gradient.shape, dtype=dtype),
+        None if magnitude is None else torch.empty_like(magnitude),
+    ),
+)
+"""s dL/dV [out, in] in ``dtype``, with V = W + s B A, and dm [out], from the gradient G [out, in] of W' = g V in fp32.
+
+dm = sum_i G V / n. dL/dV = g G, or g (G - (dm / n) V) where the norm is differentiated (eq. 6); G without m.
+"""

@@ -58,9 +58,9 @@ def compile_launch(launch: Launch, *tensors: Tensor | None) -> None:
 
 
 def call_layers() -> None:
-    """Forward and backward, in both forms."""
-    for (dtype, adapter_dtype, rank), form in itertools.product(CASES, ("merged", "composed")):
-        full_norm = dropout = False
+    """Forward and backward, in all forms."""
+    for (dtype, adapter_dtype, rank), form in itertools.product(CASES, ("merged", "composed", "dense")):
+        full_norm, dropout = form == "dense" and rank > 0, False
         if form == "composed" and rank in (64, 384):
             full_norm, dropout = rank == 384, rank == 64
         case = make(512, 768, 1024, rank, dtype=dtype, adapter_dtype=adapter_dtype, bias=rank == 32)

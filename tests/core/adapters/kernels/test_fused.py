@@ -10,7 +10,7 @@ from dora_core.adapters.functional import row_norm as plain_row_norm
 from dora_core.adapters.kernels import Projection, Settings, fused_linears, row_norm
 from dora_core.adapters.kernels.weight_ops import effective_weight
 
-FORMS = ("merged", "composed")
+FORMS = ("merged", "composed", "dense")
 BOUNDS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 

@@ -13,8 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from dora_core.adapters import AdapterConfig, DoRALinear, LoRALinear, apply_adapters, reuse_norms
 from dora_core.adapters.kernels import (
     choose_backward_form,
+    choose_dense,
     choose_form,
     dispatch,
+    forms,
     fused,
     gradient_ops,
     token_ops,
@@ -256,7 +258,7 @@ def test_changed_parameters_change_the_norm(how, device):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
 def test_what_is_kept_for_the_backward_pass(form, dropout, kind, device, monkeypatch):
-    monkeypatch.setattr(fused, "choose_form", lambda *_: form)
+    monkeypatch.setattr(forms, "choose_form", lambda *_: form)
     num_tokens, in_features, out_features, rank = 40, 64, 96, 4
     layer = kind(nn.Linear(in_features, out_features, bias=False), rank, 8.0, dropout=dropout, kernel="fused")
     nn.init.normal_(layer.lora_B)
@@ -271,6 +273,45 @@ def test_what_is_kept_for_the_backward_pass(form, dropout, kind, device, monkeyp
     assert beyond <= one_output + small
     assert all(t.numel() < in_features * out_features for t in saved)
     y.sum().backward()
+
+
+def small_layer(**options) -> DoRALinear:
+    torch.manual_seed(0)
+    layer = DoRALinear(nn.Linear(64, 96), 16, 32.0, kernel="fused", norm_gradient="full", **options)
+    nn.init.normal_(layer.lora_B, std=0.1)
+    return layer
+
+
+def test_a_small_layer_whose_norm_is_differentiated_keeps_its_input_alone(device):
+    layer = small_layer().to(device)
+    x = torch.randn(200, 64, device=device, requires_grad=True)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        y = layer(x)
+    assert {t.data_ptr() for t in saved} == {x.data_ptr()}
+    leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    found = torch.autograd.grad(y.square().sum(), leaves)
+    layer.kernel = "plain"
+    for one, other in zip(found, torch.autograd.grad(layer(x).square().sum(), leaves), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
+def test_which_layers_take_their_gradients_from_the_weights(device):
+    x = torch.randn(8, 64, device=device)
+    layer = small_layer().to(device)
+
+    def dense(*layers: DoRALinear, x: torch.Tensor = x) -> bool:
+        return forms.is_dense(x, [each.projection() for each in layers])
+
+    detached = DoRALinear(nn.Linear(64, 96), 16, 32.0, kernel="fused").to(device)
+    assert dense(layer) and not dense(detached) and not dense(layer, detached)
+    assert not dense(layer, x=x.half())
+    with torch.no_grad():  # nothing to keep, and no gradient to choose for
+        assert not layer(x).requires_grad
+    dropping = small_layer(dropout=0.5).to(device)
+    dropping(x.requires_grad_()).sum().backward()
+    assert dropping.lora_A.grad is not None
+    assert choose_dense(14000, 768, 768, 128, has_bias=True) and not choose_dense(14000, 4096, 4096, 128, has_bias=True)
 
 
 def test_dropout_drops_the_input_of_the_low_rank_path(device):
@@ -321,10 +362,11 @@ def test_a_fresh_layer_returns_the_base_layers_output_bit_for_bit(dtype, bias, d
     torch.testing.assert_close(layer(x), expected, rtol=1e-2, atol=1e-2)
 
 
-def test_compiling_breaks_no_graph(device):
+@pytest.mark.parametrize("norm_gradient", ["detached", "full"])  # composed, and dense
+def test_compiling_breaks_no_graph(norm_gradient, device):
     for bias in (False, True):
         base = nn.Linear(24, 32, bias=bias)
-        layer = DoRALinear(base, 4, 8.0, kernel="fused", dropout=0.0).to(device)
+        layer = DoRALinear(base, 16, 8.0, kernel="fused", norm_gradient=norm_gradient).to(device)
         nn.init.normal_(layer.lora_B, std=0.1)
         x = torch.randn(6, 24, device=device, requires_grad=True)
         leaves = [x, layer.lora_A, layer.lora_B, layer.magnitude]
@@ -344,6 +386,8 @@ def test_operators_are_registered_soundly(device):
     for operator, arguments in (
         (namespace.row_norm, (weight, a, b, 0.5)),
         (namespace.effective_weight, (weight, a, b, m, n, 0.5, torch.float32)),
+        (namespace.weight_gradients, (weight + 1, weight, a, b, m, n, 0.5, True, torch.float32)),
+        (namespace.weight_gradients, (weight + 1, weight, a, b, None, None, 0.5, False, torch.float32)),
         (namespace.compose, (y, hidden, b, m, n, None, 0.5)),
         (namespace.output_gradients, (y, y, hidden, b, m, n, None, 0.5, True, True)),
         (namespace.output_gradients, (y, None, hidden, b, None, None, None, 0.5, False, False)),
