@@ -4,7 +4,8 @@
 
 Each prompt is 32 random tokens, and exactly 128 new ones are generated with a key-value cache, in evaluation mode and
 without gradients; ours within ``reuse_norms``. All variants take turns, ``--repeats`` times, because a host that
-launches kernels for one sequence changes its pace within seconds; ratios are medians of those within a turn.
+launches kernels for one sequence changes its pace within seconds; ratios are medians of those within a turn. A turn
+before them does not count.
 ``peft-dora-cached`` is PEFT's DoRA within its ``DoraCaching``, which holds B A and the norms of all layers in memory.
 Milliseconds are of a whole ``generate``, prompt included, by the host's clock with the GPU idle before and after. The
 model and its adapters are those of ``step_time.py``.
@@ -57,26 +58,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(model: PreTrainedModel, batch: int, own: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Return a row for each variant, of the turns in which all went well."""
+    """Return a row for each variant; one that failed in a turn is left out of those that follow."""
     generator = torch.Generator().manual_seed(batch)
     prompts = torch.randint(3, model.config.vocab_size, (batch, own.prompt), generator=generator).to(device)
-    turns = []
-    for turn in range(own.repeats):
-        turns.append({name: _once(model, name, prompts, own, device) for name in own.variants.split(",")})
-        print(f"batch {batch}, turn {turn + 1} of {own.repeats}: {turns[-1]}", flush=True)
+    turns: list[dict[str, dict[str, Any]]] = []
+    failed: dict[str, dict[str, Any]] = {}
+    for turn in range(1 + own.repeats):
+        names = [name for name in own.variants.split(",") if name not in failed]
+        turns.append({name: _once(model, name, prompts, own, device) for name in names})
+        failed |= {name: found for name, found in turns[-1].items() if "error" in found}
+        print(f"batch {batch}, turn {turn} of {own.repeats}: {turns[-1]}", flush=True)
     rows = []
-    for name in turns[0]:
+    for name in turns.pop(0):
         row: dict[str, Any] = {"batch": batch, "variant": "base" if name == "floor" else name}
-        failed = [turn[name] for turn in turns if "error" in turn[name]]
-        if failed:
-            rows.append(row | failed[0])
+        if name in failed:
+            rows.append(row | failed[name])
             continue
         times = [turn[name]["ms"] for turn in turns]
         row |= {"median_ms": statistics.median(times), "iqr_ms": iqr(times), "times_ms": times}
         row |= {"ms_per_token": row["median_ms"] / own.tokens, "num_repeats": own.repeats}
         row["extra_gib"] = turns[0][name]["extra_gib"]
         for other, key in (("peft-lora", "ratio_to_peft_lora"), ("floor", "ratio_to_base")):
-            if all("ms" in turn.get(other, {}) for turn in turns):
+            if other in turns[0] and other not in failed:
                 row[key] = statistics.median(turn[name]["ms"] / turn[other]["ms"] for turn in turns)
         rows.append(row)
     return rows

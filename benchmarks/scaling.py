@@ -6,8 +6,8 @@
 same rows per GPU: tokens/s per GPU, the efficiency against one GPU, peak GiB, and the shares of three profiled steps in
 which NCCL runs at all and alone. ``losses``: the LLaMA shape in few layers and fp32, the same global batch on each
 number of GPUs, against one GPU with another micro-batch (rounding alone); and a run that goes on from its checkpoint on
-half as many GPUs. Writes ``scaling.json`` after each run, and ``scaling.png``; called again, it measures the speeds
-that are missing there. ``--shape tiny`` tries it on CPU ranks.
+half as many GPUs. Writes ``scaling.json`` after each run, and ``scaling.png``; called again with other shapes,
+stages or numbers of GPUs, it measures what is missing there. ``--shape tiny`` tries it on CPU ranks.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from dora_core.training.metrics import read_metrics
 
 PROFILED_STEP = 4
 """With the two after it among the steps of warm-up: a profile slows them down, and its end the next one."""
+CHOICES = ("output", "counts", "parts", "shapes", "zero")
+"""Arguments that say which rows there are, not how they are measured."""
 COLUMNS = {
     "shape": "",
     "zero": "",
@@ -48,20 +50,22 @@ COLUMNS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is asked for; return 1 if a run failed."""
+    """Run what is asked for; return 1 if a run failed, 2 if there are rows that cannot be compared with."""
     own = parse(arguments)
     own.output.mkdir(parents=True, exist_ok=True)
     llama, llava, data = prepare(own)
     file = own.output / "scaling.json"
+    how = {"environment": environment(), **{key: value for key, value in vars(own).items() if key not in CHOICES}}
+    how = json.loads(json.dumps(how, default=str))  # as it is read again
     content: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"speed": [], "losses": []}
-    content |= {"environment": environment(), "arguments": vars(own)}
-    content["speed"] = [row for row in content["speed"] if "error" not in row]
-    known = {(row["shape"], row["zero"], row["num_gpus"]) for row in content["speed"]}
-    if "losses" in own.parts:
-        content["losses"] = []
-    parts = {"speed": lambda: speed(own, known, llama, llava, data), "losses": lambda: losses(own, llama)}
+    if content.setdefault("how", how) != how:
+        print(f"error: {file} has figures of other arguments or another machine. Give another --output.")
+        return 2
+    parts = {"speed": (speed, llama, llava, data), "losses": (losses, llama)}
     for part in own.parts.split(","):
-        for row in parts[part]():
+        content[part] = [row for row in content[part] if "error" not in row]
+        function, *shapes = parts[part]
+        for row in function(own, list(content[part]), *shapes):
             content[part] = with_efficiency([*content[part], row])
             write_json(file, content)
             print(content[part][-1], flush=True)
@@ -84,8 +88,11 @@ def prepare(own: argparse.Namespace) -> tuple[Path, Path, Path]:
     return llama, llava, data
 
 
-def speed(own: argparse.Namespace, known: set, llama: Path, llava: Path, data: Path) -> Iterator[dict[str, Any]]:
+def speed(
+    own: argparse.Namespace, known: list[dict[str, Any]], llama: Path, llava: Path, data: Path
+) -> Iterator[dict[str, Any]]:
     """Yield a row for each shape, stage and number of GPUs that is not ``known``."""
+    done = {(row["shape"], row["zero"], row["num_gpus"]) for row in known}
     packed = {"model.path": llama, "model.from_scratch": "true", "data.train": f"[{own.rows}]", "data.packing": "true"}
     packed |= {"data.pack_length": own.pack_length, "train.eval_every": own.steps}
     shapes = {
@@ -93,7 +100,7 @@ def speed(own: argparse.Namespace, known: set, llama: Path, llava: Path, data: P
         "llava": ("vlm", "llava15_7b_dora_r128", 16, llava_7b_training.source(llava, data)),
     }
     for shape, zero, count in itertools.product(own.shapes.split(","), own.zero.split(","), own.counts):
-        if (shape, zero, count) in known:
+        if (shape, zero, count) in done:
             continue
         pipeline, recipe, rows_per_gpu, overrides = shapes[shape]
         overrides = overrides | {
@@ -116,8 +123,8 @@ def speed(own: argparse.Namespace, known: set, llama: Path, llava: Path, data: P
         yield row
 
 
-def losses(own: argparse.Namespace, llama: Path) -> Iterator[dict[str, Any]]:
-    """Yield, for each way of splitting the same steps, how far its losses are from those of one GPU."""
+def losses(own: argparse.Namespace, rows: list[dict[str, Any]], llama: Path) -> Iterator[dict[str, Any]]:
+    """Yield, for each way to split the same steps that is not in ``rows``, how far its losses are from one GPU's."""
     small = own.output / "llama-small"
     if not (small / "config.json").is_file():
         write_small(llama, small)
@@ -140,20 +147,23 @@ def losses(own: argparse.Namespace, llama: Path) -> Iterator[dict[str, Any]]:
     ways = [("1 GPU", 1, batch_size, {}), ("1 GPU, other micro-batches", 1, batch_size // 4, {})]
     ways += [(f"{count} GPUs, {zero}", count, batch_size // count, {"deepspeed.config": zero})
              for count in own.counts if count > 1 for zero in ("zero2", "zero3")]  # fmt: skip
-    known: dict[str, list[float]] = {}
+    known: dict[str, list[float]] = {row["way"]: row["losses"] for row in rows}
     for title, count, micro, more in ways:
+        if title in known:
+            continue
         name = title.replace(" ", "-").replace(",", "")
         overrides = {**base, "train.micro_batch_size": micro, **more}
         figures = run_recipe("llm", "llama_7b_dora_r32", overrides, own.output, name, 1, count)
         yield compared(own.output / name, title, known, figures)
-    if most > 1:  # the first half of a run on all, the second on half of them
+    title = f"{most} GPUs, then {most // 2}"
+    if most > 1 and title not in known:  # the first half of a run on all, the second on half of them
         name = f"{most}-GPUs-zero2"
         store = own.output / name / "checkpoints"
         for path in sorted(store.glob("step-*"))[1:]:
             path.rename(path.with_name(f"later-{path.name}"))
         overrides = {**base, "train.micro_batch_size": batch_size // (most // 2), "run.resume": "must"}
         figures = run_recipe("llm", "llama_7b_dora_r32", overrides, own.output, name, 1, most // 2)
-        yield compared(own.output / name, f"{most} GPUs, then {most // 2}", known, figures)
+        yield compared(own.output / name, title, known, figures)
 
 
 def write_small(shape: Path, folder: Path) -> None:

@@ -38,23 +38,23 @@ SHAPES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do the parts asked for; return 1 if one failed."""
+    """Do the parts asked for, up to the first that fails; return 1 then."""
     own = parse(arguments)
     own.output.mkdir(parents=True, exist_ok=True)
     own.base, own.merged = own.base or own.output / "base", own.merged or own.output / "merged"
     file = own.output / "sharded_model.json"
     content: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     content |= {"environment": environment(), "arguments": vars(own)}
-    failed = False
     for part in own.parts.split(","):
         began = time.perf_counter()
         with host_memory(str(own.output), whole=part == "write") as memory:
-            figures = {"write": write_base, "train": train, "merge": merge}[part](own)
+            figures = PARTS[part](own)
         content[part] = {**figures, "seconds": time.perf_counter() - began, "host_gib": memory}
         write_json(file, content)
-        failed = failed or "error" in figures
+        if "error" in figures:
+            break
     print(json.dumps(content, indent=1, default=str))
-    return int(failed)
+    return int("error" in figures)
 
 
 def train(own: argparse.Namespace) -> dict[str, Any]:
@@ -119,6 +119,9 @@ def random_weight(shape: torch.Size, generator: torch.Generator) -> torch.Tensor
     return weight.normal_(0, 0.02, generator=generator).cpu()
 
 
+PARTS = {"write": write_base, "train": train, "merge": merge}
+
+
 @contextmanager
 def host_memory(word: str, whole: bool) -> Iterator[dict[str, float]]:
     """Give the peaks, in GiB, of all processes together that have ``word`` in their command; this too if ``whole``."""
@@ -166,7 +169,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4, help="rows per GPU and step")
     parser.add_argument("--num-ranks", type=int, default=2, help="without a GPU")
     parser.add_argument("--parts", default="write,train,merge")
-    return parser.parse_args(arguments)
+    own = parser.parse_args(arguments)
+    unknown = set(own.parts.split(",")) - PARTS.keys()
+    if unknown:
+        parser.error(f"--parts has {', '.join(sorted(unknown))}; it can have {', '.join(PARTS)}.")
+    return own
 
 
 if __name__ == "__main__":

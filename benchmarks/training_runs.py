@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import platform
+import shutil
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,8 @@ def run_recipe(
 ) -> dict:
     """Run a recipe as run ``name`` below ``output``; return its figures, or ``error`` and the log's end.
 
-    Without ``num_gpus`` it runs on all; without a GPU they are ranks on the CPU.
+    What an earlier run left there goes, unless ``run.resume`` is overridden. Without ``num_gpus`` it runs on all;
+    without a GPU they are ranks on the CPU.
 
     Medians and interquartile ranges are over the steps after ``warmup``.
     """
@@ -49,6 +51,8 @@ def run_recipe(
     command = launch_command(script, arguments, num_gpus or max(1, torch.cuda.device_count()))
     log = output / f"{name}.log"
     log.unlink(missing_ok=True)
+    if "run.resume" not in overrides:
+        shutil.rmtree(output / name, ignore_errors=True)
     result = launch(command, log)
     metrics = output / name / "metrics.jsonl"
     if result.status != "finished" or not metrics.is_file():

@@ -3,12 +3,12 @@
     python benchmarks/vlbart_training.py --output runs/bench [--steps 40] [--settings video-cached-dora-fp32]
 
 Runs ``deepspeed pipelines/video/train.py`` with the recipes ``vlbart_<video|image>_dora_r128`` once per setting, on one
-GPU; for LoRA with nothing changed but the adapter's kind, because LoRA's own recipes also freeze layer norms and have
-larger batches. A step takes 40 rows of one of the four video tasks (64 frames of 512 numbers, 400 to 600 text tokens),
-or 300, 500, 100 or 250 rows of one of the four image tasks (36 vectors of 2048 numbers). Cached features are fp16 in
-WebDataset shards. Online, data workers read H.264 clips of 96 s at 30 fps, 64 frames each, or JPEGs of 640 x 480; the
-step encodes them with a random ViT-B/32 or RN101 at 224 px. Writes ``results.json`` and ``results.md``. Speed is over
-the steps after ``--warmup``. ``--shape tiny`` tries the script itself on a CPU.
+GPU; for LoRA with nothing changed but the adapter's kind, because LoRA's own recipes have larger batches and, for
+images, freeze the layer norms. A step takes 40 rows of one of the four video tasks (64 frames of 512 numbers, 400 to
+600 text tokens), or 300, 500, 100 or 250 rows of one of the four image tasks (36 vectors of 2048 numbers). Cached
+features are fp16 in WebDataset shards. Online, data workers read H.264 clips of 96 s at 30 fps, 64 frames each, or
+JPEGs of 640 x 480; the step encodes them with a random ViT-B/32 or RN101 at 224 px. Writes ``results.json`` and
+``results.md``. Speed is over the steps after ``--warmup``. ``--shape tiny`` tries the script itself on a CPU.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def main() -> None:
     if not (data / "model" / "config.json").is_file():
         write_annotations(data, own.rows)
         write_features(data, own.rows)
-        if "online" in own.settings:
-            write_media(data, own.media, own.rows, own.video_size, seconds=96 if own.shape == "base" else 3)
         write_model(data / "model", own.shape)
+    if "online" in own.settings and not (data / "media").is_dir():
+        write_media(data, own.media, own.rows, own.video_size, seconds=96 if own.shape == "base" else 3)
     results = []
     for setting in own.settings.split(","):
         results.append({"setting": setting, **run(own, data, setting)})

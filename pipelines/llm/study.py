@@ -50,7 +50,13 @@ def main(arguments: Sequence[str]) -> None:
         "--overrides", nargs=argparse.REMAINDER, default=[], help="for every run: --section.field value"
     )
     own = parser.parse_args(arguments)
-    require(own.steps % NUM_CHECKPOINTS == 0, "--steps", own.steps, f"a multiple of {NUM_CHECKPOINTS}", "Round it.")
+    require(
+        own.steps > 0 and own.steps % NUM_CHECKPOINTS == 0,
+        "--steps",
+        own.steps,
+        f"a multiple of {NUM_CHECKPOINTS}",
+        "Round it.",
+    )
     require(own.jobs >= 1, "--jobs", own.jobs, "1 or more")
     seeds = own.seeds.split(",")
     require(all(seed.isdecimal() for seed in seeds), "--seeds", own.seeds, "whole numbers", "Write for example 0,1,2.")

@@ -150,7 +150,7 @@ def test_a_file_of_results_is_whole_and_has_no_nan(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["rows.json"]
 
 
-@pytest.mark.parametrize(("file", "least_timed"), [("kernels", 99), ("kernels_forms", 99)])
+@pytest.mark.parametrize(("file", "least_timed"), [("kernels", 99), ("kernels_forms", 100)])
 def test_the_cost_rule_is_within_its_limit_of_the_saved_times(file, least_timed):
     rows = json.loads((measuring.RESULTS / f"{file}.json").read_text())["forms"]
     num_timed = 0

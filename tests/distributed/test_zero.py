@@ -87,9 +87,9 @@ def test_every_kind_under_zero_3_has_the_losses_of_plain_torch(model_folder, ada
         assert losses == pytest.approx(plain_losses(model_folder, adapter), abs=1e-5)
 
 
-@pytest.mark.parametrize("norm_gradient", ["detached", "full"])
-def test_fused_kernels_under_zero_have_the_losses_of_plain_torch_and_one_norm_a_step(model_folder, norm_gradient):
-    adapter = {"targets": ["q_proj", "k_proj", "v_proj", "down_proj"], "norm_gradient": norm_gradient}
+@pytest.mark.parametrize(("norm_gradient", "rank"), [("detached", 4), ("full", 16)])  # the second is dense
+def test_fused_kernels_under_zero_have_the_losses_of_plain_torch_and_one_norm_a_step(model_folder, norm_gradient, rank):
+    adapter = {"targets": ["q_proj", "k_proj", "v_proj", "down_proj"], "norm_gradient": norm_gradient, "rank": rank}
     fused = {**adapter, "kernel": "auto" if torch.cuda.is_available() else "fused"}
     cases = [{"stage": stage, "accumulation": 2, "checkpointing": stage != 2, "adapter": fused} for stage in (0, 2, 3)]
     expected = plain_losses(model_folder, adapter)

@@ -189,7 +189,7 @@ def free_port() -> int:
     """
     try:
         low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    except OSError:
+    except (OSError, ValueError, IndexError):
         low = 0
     ports = range(FIRST_PORT, low)
     drawn = random.SystemRandom().sample(ports, min(100, len(ports)))  # a run's seed must not choose

@@ -10,9 +10,10 @@ from dora_core.engine import distributed
 RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
-@pytest.mark.skipif(not RANGE.is_file(), reason="the system does not say which ports it gives to connections")
 def test_a_port_is_free_and_none_of_those_that_the_system_gives_away(monkeypatch):
-    low = int(RANGE.read_text().split()[0])
+    low = int(RANGE.read_text().split()[0]) if RANGE.is_file() else 0
+    if low < distributed.FIRST_PORT + 100:
+        pytest.skip("the system gives all ports to connections, or does not say which")
     ports = {distributed.free_port() for _ in range(20)}
     assert all(distributed.FIRST_PORT <= port < low for port in ports)
     with socket.socket() as taken:

@@ -69,7 +69,7 @@ def test_the_table_says_what_was_found_beside_the_paper(tmp_path):
 
 
 def test_mistakes(tmp_path):
-    for arguments in (["--steps", "5"], ["--seeds", "a"], ["--jobs", "0"]):
+    for arguments in (["--steps", "5"], ["--steps", "0"], ["--seeds", "a"], ["--jobs", "0"]):
         with pytest.raises(SystemExit):
             dora(["analyze", "--study", "llm", "--output", str(tmp_path / "x"), *arguments])
     assert not (tmp_path / "x").exists()

@@ -6,8 +6,9 @@ from typing import Literal
 
 Form = Literal["merged", "composed", "dense"]
 
-# Fitted to two runs over 100 layers on H200s (benchmarks/results/kernels.json and kernels_forms.json): in both, what is
-# chosen is the faster form or within 1.2 % of it, at the 99 and the 100 layers at which just that was timed.
+# Fitted, but for what ``choose_dense`` alone uses, to two runs over 100 layers on H200s (kernels.json and
+# kernels_forms.json in benchmarks/results): in both, what is chosen is the faster form or within 1.2 % of it, at the 99
+# and the 100 layers at which just that was timed.
 BYTES_PER_US = 3.0e6
 """What the kernels that go over a weight or over tokens reach, of 4.2e6 in a plain copy."""
 FLOPS_PER_US = 1.6e8
@@ -66,12 +67,11 @@ def choose_dense(num_tokens: int, in_features: int, out_features: int, rank: int
     ``dense`` forms the weight in both directions, takes one more product of the base's size, and goes over dL/dW twice
     to have dm and dL/dV, whose products with A and B are small. The other forms have five products of [tokens, r] and
     a pass over the output in each direction, or over the weight instead in the forward pass of a layer without a bias;
-    and six launches more. Pays off in small layers of large rank.
+    and five launches more. Pays off in small layers of large rank. An estimate: no layer was timed.
     """
-    size = in_features * out_features
-    weight, small = _weight_us(in_features, out_features, rank), 4 * size * rank / GEMM_FLOPS_PER_US
-    dense = 5 * weight + 2 * num_tokens * size / PRODUCT_FLOPS_PER_US + small
+    weight = _weight_us(in_features, out_features, rank)
+    dense = 5 * weight + 2 * num_tokens * in_features * out_features / PRODUCT_FLOPS_PER_US
     composed = _pass_us(num_tokens * out_features, rank)
-    others = (composed if has_bias else min(weight, composed)) + _pass_us(num_tokens * out_features, 0) + weight + small
-    others += 2 * num_tokens * rank * (2 * in_features + 2 * out_features) / GEMM_FLOPS_PER_US + 6 * LAUNCH_US
+    others = (composed if has_bias else min(weight, composed)) + _pass_us(num_tokens * out_features, 0) + weight
+    others += 2 * num_tokens * rank * (2 * in_features + 2 * out_features) / GEMM_FLOPS_PER_US + 5 * LAUNCH_US
     return dense < others

@@ -29,12 +29,12 @@ def fused_linears(x: Tensor, layers: Sequence[Projection] | Stack, dropout: floa
     """Return the outputs [..., out] of LoRA or DoRA ``layers`` that share x [..., in], in x's type.
 
     The function of ``adapted_linear`` with its ``lowrank`` dropout, drawn here with probability ``dropout`` and one
-    mask for all; a ``Stack`` of x's type keeps what several calls need. The two ways of computing it, see
+    mask for all; a ``Stack`` of x's type keeps what several calls need. The two ways of computing an output, see
     ``choose_form``, have their own error for half types: ``composed`` rounds the base product once more; ``merged``
     rounds the weight without bias, together up to twice the error of one rounding of y. Kept for the backward pass
     beside x: one [tokens, r] and, for the gradient of the magnitude, the output itself, which nobody may write to
     unseen by torch, or one [tokens, out]. A dropout mask is drawn again from its seed, a formed weight formed again.
-    Where the norm is differentiated, small layers are ``dense``, see ``choose_dense``: x alone is kept.
+    But x alone is kept in small layers whose norm is differentiated, which are ``dense``, see ``choose_dense``.
     """
     seed = torch.randint(2**31, (1,), device=x.device) if dropout > 0 else None
     stack = layers if isinstance(layers, Stack) else Stack(layers, x.dtype)
@@ -54,7 +54,7 @@ def _forward(
     """Return outputs [..., out], what m needs of them where ``keeps``, whether it is the output, and hidden."""
     dtype, projections = x.dtype, stack.projections
     forms = [forward_form(p, x, seed, each, dense) for p, each in zip(projections, keeps, strict=True)]
-    hidden = _hidden(_flat(x), stack, seed, dropout) if "composed" in forms else None
+    hidden = _hidden(_flat(x), stack, seed, dropout) if "composed" in forms and not dense else None
     outputs, kept = [], []
     for i, (p, form, keep, low) in enumerate(zip(projections, forms, keeps, _slices(hidden, stack), strict=True)):
         bias, base = cast(p.bias, dtype), None
@@ -92,8 +92,7 @@ class _FusedLinears(torch.autograd.Function):
         keeps = [not dense and keeps_output(p, need[3]) for p, need in zip(projections, needs, strict=True)]
         outputs, kept, ctx.kept_is_output, hidden = _forward(x, stack, keeps, seed, dropout, dense)
         keeps_x = trains or any(keeps)
-        kept_hidden = hidden if keeps_x and not dense else None
-        ctx.save_for_backward(x if keeps_x else None, seed, kept_hidden, *kept, *saved)
+        ctx.save_for_backward(x if keeps_x else None, seed, hidden if keeps_x else None, *kept, *saved)
         ctx.versions = None if saved else _versions(projections)
         ctx.options = (x.shape, dropout, settings, x.dtype)
         return tuple(outputs)

@@ -151,25 +151,28 @@ def test_a_formed_weight_shows_changes_below_its_rounding(device):
     assert abs(seen - 1.001) < 5e-5
 
 
-def test_the_same_inputs_give_the_same_bits(device):
+@pytest.mark.parametrize("form", [None, "dense"])
+def test_the_same_inputs_give_the_same_bits(form, device):
     results = []
     for _ in range(2):
         case = make(300, 64, 96, 8, device=device)
-        y = case.fused()
+        y = case.fused(form)
         results.append([y, *torch.autograd.grad(y.square().sum(), list(case.leaves.values()))])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_parameter_changed_before_the_backward_pass_is_refused(device):
+@pytest.mark.parametrize("form", [None, "dense"])
+def test_a_parameter_changed_before_the_backward_pass_is_refused(form, device):
     case = make(8, 16, 16, 4, device=device)
-    y = case.fused()
+    y = case.fused(form)
     with torch.no_grad():
         case.lora_B.add_(1)
     with pytest.raises(RuntimeError, match="modified in place"):
         y.sum().backward()
 
 
-def test_layers_with_one_input_give_what_each_gives_alone(device):
+@pytest.mark.parametrize("form", [None, "dense"])
+def test_layers_with_one_input_give_what_each_gives_alone(form, device):
     cases = [make(40, 48, out, rank, device=device, bias=bias) for out, rank, bias in
              ((32, 4, False), (64, 0, True), (32, 8, True), (48, 3, False))]  # fmt: skip
     x = cases[0].x
@@ -178,7 +181,10 @@ def test_layers_with_one_input_give_what_each_gives_alone(device):
     alone = [case.fused() for case in cases]
     together = fused_linears(
         x,
-        [Projection(c.weight, c.bias, c.lora_A, c.lora_B, c.magnitude, c.norm(), Settings(c.scale)) for c in cases],
+        [
+            Projection(c.weight, c.bias, c.lora_A, c.lora_B, c.magnitude, c.norm(), Settings(c.scale, form=form))
+            for c in cases
+        ],
     )
     leaves = [leaf for case in cases for name, leaf in case.leaves.items() if name != "x"]
     gradients = [
