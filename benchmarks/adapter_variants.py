@@ -44,6 +44,8 @@ class Variant:
     dropout: float = 0.0
     full_precision: bool = False
     """Adapters in fp32, as ``dora_core`` makes them, instead of in the model's type."""
+    norm_gradient: Literal["detached", "full"] = "detached"
+    """Of ours; PEFT's is detached."""
     cached: bool = False
     """With PEFT's ``DoraCaching``, which keeps norms and B A in evaluation mode."""
 
@@ -57,6 +59,8 @@ VARIANTS = {
     "ours-dora": Variant(library="ours"),
     "ours-dora-fp32": Variant(library="ours", full_precision=True),
     "ours-dora-plain": Variant(library="ours", kernel="plain"),
+    "ours-dora-full": Variant(library="ours", full_precision=True, norm_gradient="full"),
+    "ours-lora-fp32": Variant(library="ours", kind="lora", full_precision=True),
     "ours-dora-dropout": Variant(library="ours", dropout=0.05),
 }
 
@@ -119,6 +123,7 @@ def adapter_config(variant: Variant, rank: int) -> AdapterConfig:
         dropout_mode="lowrank",
         targets=TARGETS,
         kernel=variant.kernel,
+        norm_gradient=variant.norm_gradient,
     )
 
 
