@@ -12,6 +12,8 @@ from dora_core.adapters.sharded import is_partitioned
 
 MAX_LAYERS = 16
 """Of one launch: enough to hide its cost; its partial sums take up to 3 MB a layer of LLaMA-7B's widths."""
+MAX_CAST = 1 << 22
+"""Of one launch, elements of factors that are cast for it: large ones take long enough by themselves."""
 
 
 class SharedNorms:
@@ -46,7 +48,7 @@ class SharedNorms:
         scale = self._layers[0].scale
         if not self._alike or any([layer.scale != scale for layer in self._layers]):
             return {}
-        norms = kernels.row_norms(factors[0], scale, addresses)
+        norms = kernels.row_norms(factors, scale, addresses)
         own = zip(self._layers, tensors, norms, strict=True)
         return {layer: (each, layer.versions(), norm) for layer, each, norm in own}
 
@@ -73,10 +75,18 @@ def share_norms(model: nn.Module) -> list[SharedNorms]:
             by_key.setdefault((layer.scale, *key), []).append(layer)
     shared = []
     for layers in by_key.values():
-        for start in range(0, len(layers), MAX_LAYERS):
-            if len(some := layers[start : start + MAX_LAYERS]) > 1:
+        num_layers = _num_at_once(layers[0])
+        for start in range(0, len(layers), num_layers):
+            if len(some := layers[start : start + num_layers]) > 1:
                 shared.append(SharedNorms(some))
     return shared
+
+
+def _num_at_once(layer: DoRALinear) -> int:
+    weight, _, lora_A, lora_B, _ = layer.tensors()
+    if not kernels.casts_factors(weight, lora_B):
+        return MAX_LAYERS
+    return max(1, min(MAX_LAYERS, MAX_CAST // (lora_A.numel() + lora_B.numel())))
 
 
 def _key(layer: DoRALinear) -> tuple | None:
@@ -87,8 +97,8 @@ def _key(layer: DoRALinear) -> tuple | None:
         return None
     if kernels.why_not_fused(weight.device.type, weight.dtype) is not None:
         return None
-    if kernels.casts_factors(weight, factors[1]):
-        return None
+    if kernels.casts_factors(weight, factors[1]) and any([factor.numel() % 8 for factor in factors]):
+        return None  # joined, they would not all begin at multiples of 16 bytes
     if not all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors):
         return None
     return (weight.device, *((tensor.shape, tensor.dtype) for tensor in tensors))

@@ -106,9 +106,11 @@ def casts_factors(weight: Tensor, factor: Tensor | None) -> bool:
     return factor is not None and factor.itemsize > weight.itemsize == 2 and factor.shape[1] > MAX_FP32_RANK
 
 
-def row_norms(tensors: Sequence[Tensor | None], scale: float, addresses: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Return n [out] of several layers like the one of ``tensors`` W, A and B; see ``kernels.weight_ops.row_norms``."""
+def row_norms(
+    layers: Sequence[tuple[Tensor, Tensor | None, Tensor | None]], scale: float, addresses: tuple[int, ...]
+) -> tuple[Tensor, ...]:
+    """Return n [out] of several layers from W, A and B of each; see ``kernels.weight_ops.row_norms``."""
     from dora_core.adapters.kernels import weight_ops
 
-    with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(tensors[0]):
-        return weight_ops.row_norms(*tensors, scale, addresses).unbind()
+    with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(layers[0][0]):
+        return weight_ops.row_norms(layers, scale, addresses).unbind()

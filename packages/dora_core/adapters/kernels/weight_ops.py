@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -89,14 +90,20 @@ row_norm = register(
 
 
 def row_norms(
-    weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scale: float, addresses: tuple[int, ...]
+    layers: Sequence[tuple[Tensor, Tensor | None, Tensor | None]], scale: float, addresses: tuple[int, ...]
 ) -> Tensor:
     """Return the norms [l, out] of several layers in one launch: bit for bit what ``row_norm`` returns for each.
 
     ``addresses`` has three numbers for each layer, where W, A and B begin, multiples of 16 and 0 for what the layers
-    lack. All must be contiguous tensors of the types and sizes of those of the first layer, which are given. Not an
-    operator, as nothing could be known of what is at the addresses.
+    lack. All must be contiguous tensors of the types and sizes of those of the first layer. Factors that ``row_norm``
+    would cast are joined and cast together. Not an operator, as nothing could be known of what is at the addresses.
     """
+    weight, lora_A, lora_B = layers[0]
+    if casts_factors(weight, lora_B):
+        joined = [torch.stack([layer[place] for layer in layers]).to(weight.dtype) for place in (1, 2)]
+        lora_A, lora_B = joined[0][0], joined[1][0]
+        places = zip(addresses[::3], *[[factor.data_ptr() for factor in each.unbind()] for each in joined], strict=True)
+        addresses = tuple([place for each in places for place in each])
     return _launch_row_norm(weight, lora_A, lora_B, scale, _table(weight.device, addresses))
 
 

@@ -68,7 +68,7 @@ def call_layers() -> None:
         y.backward(torch.ones_like(y))
         factors = [None if factor is None else factor.detach() for factor in (case.lora_A, case.lora_B)]
         row_norm(case.weight, *factors, case.scale)
-    row_norms(case.weight, None, None, 1.0, (16, 0, 0, 32, 0, 0))
+    row_norms([(case.weight, None, None)] * 2, 1.0, (16, 0, 0, 32, 0, 0))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dora_core.adapters import AdapterConfig, DoRALinear, LoRALinear, apply_adapters, reuse_norms
+from dora_core.adapters import AdapterConfig, DoRALinear, LoRALinear, apply_adapters, reuse_norms, shared_norms
 from dora_core.adapters.kernels import (
     choose_backward_form,
     choose_dense,
@@ -164,6 +164,19 @@ def test_layers_of_equal_sizes_have_their_norms_computed_in_one_launch(launches,
         )
     block(x)
     assert launches == ["together", *["alone"] * 4]
+
+
+def test_norms_of_large_ranks_in_half_types_are_computed_together_too(launches, device, monkeypatch):
+    torch.manual_seed(0)
+    block = nn.ModuleList([DoRALinear(nn.Linear(16, 24, bias=False).bfloat16(), 72, 8.0) for _ in range(5)]).to(device)
+    for layer in block:
+        nn.init.normal_(layer.lora_B)
+    monkeypatch.setattr(shared_norms, "MAX_CAST", 2 * (16 + 24) * 72)  # two at once
+    norms = [layer.projection().norm for layer in block]
+    launches.clear()
+    with reuse_norms(block):
+        assert all(torch.equal(layer.projection().norm, norm) for layer, norm in zip(block, norms, strict=True))
+    assert launches == ["together", "together", "alone"]
 
 
 @pytest.mark.parametrize("how", ["in place", "replaced", "scale", "converted"])
