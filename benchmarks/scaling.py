@@ -110,7 +110,7 @@ def speed(
             "train.global_batch_size": rows_per_gpu * count,
             "train.max_steps": own.steps,
             "train.save_every": own.steps,
-            "log.profile_step": PROFILED_STEP,
+            "log.profile_step": PROFILED_STEP if count > 1 else "null",  # one GPU does not communicate
             **dict(item.split("=", 1) for item in own.overrides),
         }
         name = f"{shape}-{zero}-{count}"
@@ -118,8 +118,9 @@ def speed(
         row = {"shape": shape, "zero": zero, "num_gpus": count, **figures}
         if "tokens_per_s" in row:
             row["tokens_per_s_per_gpu"] = row["tokens_per_s"] / count
-            profile = json.loads((own.output / name / "profile.json").read_text(encoding="utf-8"))
-            row |= profile.get("device_shares", {})
+            if count > 1:
+                profile = json.loads((own.output / name / "profile.json").read_text(encoding="utf-8"))
+                row |= profile.get("device_shares", {})
         yield row
 
 
