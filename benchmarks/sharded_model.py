@@ -88,7 +88,9 @@ def write_base(own: argparse.Namespace) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         write_shape(folder, "tiny", own.rows)
     sizes = {**SHAPES[own.shape], **({"num_hidden_layers": own.layers} if own.layers else {})}
-    config = LlamaConfig.from_pretrained(folder, **sizes, torch_dtype=torch.bfloat16)
+    known = LlamaConfig.from_pretrained(folder)
+    kept = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    config = LlamaConfig(**{name: getattr(known, name) for name in kept}, **sizes, dtype=torch.bfloat16)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     with torch.device("meta"):

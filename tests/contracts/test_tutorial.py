@@ -131,9 +131,14 @@ def test_an_installed_distribution_is_found_by_its_entry_point(finished, tmp_pat
     path = [site, ROOT / "packages", ROOT]
     (tmp_path / "data").symlink_to(finished / "data")
     short = " --train.max_steps 4"
-    lines[-1] += short
+    [place] = [place for place, line in enumerate(lines) if line.startswith("dora train")]
+    lines[place] += short
     told = dora(lines, tmp_path, path)
     assert f"audio  ({site / 'dora_audio'})\n  recipes     tiny\n" in told
     deepspeed(launch + short, tmp_path, path)
     for name in ("installed", "launched"):
         assert (tmp_path / "runs" / name / "adapter" / "adapter_model.safetensors").is_file()
+    assert "audio/average" in {metric.name for metric in read_results(tmp_path / "results" / "installed")}
+    assert "audio/tiny: finished" in told and (tmp_path / "runs" / "installed_night" / "report.html").is_file()
+    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/contracts", "-k", "audio"]
+    assert re.search(r"^\d+ passed, \d+ deselected", run(words, ROOT, path), re.MULTILINE)

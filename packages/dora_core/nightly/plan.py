@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from dora_core.config import ConfigError, dump_config, load_config, read_yaml, require, section, validate
 from dora_core.registry import PIPELINES, pipeline_packages, unknown_name
+from dora_core.training.launcher import training_script
 
 PLAN_FILE = "nightly.yaml"
 
@@ -71,16 +72,13 @@ class Planned:
     entry: Entry
     folder: Path
     """The pipeline's folder, with ``nightly.yaml``, ``train.py`` and perhaps ``golden/``."""
+    script: Path | str
+    """The training script: the folder's ``train.py``, or that module of an installed distribution."""
 
     @property
     def name(self) -> str:
         """``pipeline/entry``."""
         return f"{self.pipeline}/{self.entry.name}"
-
-    @property
-    def script(self) -> Path:
-        """The training script."""
-        return self.folder / "train.py"
 
     def arguments(self) -> list[str]:
         """Return the training script's arguments that decide what is computed."""
@@ -90,9 +88,11 @@ class Planned:
         return words
 
     def reproduce(self) -> str:
-        """Return the shell commands that repeat the run by hand, from the repository's root."""
-        script = self.script.relative_to(self.folder.parents[1])
-        command = shlex.join(["deepspeed", "--num_gpus", str(self.entry.ranks), str(script), *self.arguments()])
+        """Return the shell commands that repeat the run by hand, from the repository's root if that is its script's."""
+        script = ["--module", self.script]
+        if isinstance(self.script, Path):
+            script = [str(self.script.relative_to(self.folder.parents[1]))]
+        command = shlex.join(["deepspeed", "--num_gpus", str(self.entry.ranks), *script, *self.arguments()])
         prepare = f"dora prepare {self.pipeline} data/world && " if self.entry.setup == "prepare" else ""
         return prepare + command
 
@@ -107,12 +107,15 @@ def find_plan() -> list[Planned]:
         spec = importlib.util.find_spec(package)
         for place in (spec.submodule_search_locations or []) if spec else []:
             if (Path(place) / PLAN_FILE).is_file():
-                planned += read_plan(pipeline, Path(place))
+                planned += read_plan(pipeline, Path(place), training_script(package))
     return planned
 
 
-def read_plan(pipeline: str, folder: Path) -> list[Planned]:
-    """Return the entries of ``folder/nightly.yaml``; raises ``ConfigError`` as ``find_plan`` does."""
+def read_plan(pipeline: str, folder: Path, script: Path | str | None = None) -> list[Planned]:
+    """Return the entries of ``folder/nightly.yaml``, run by ``script`` or the folder's ``train.py``.
+
+    Raises ``ConfigError`` as ``find_plan`` does.
+    """
     path = folder / PLAN_FILE
     content = read_yaml(path)
     if set(content) != {"entries"} or not isinstance(content["entries"], list):
@@ -131,7 +134,8 @@ def read_plan(pipeline: str, folder: Path) -> list[Planned]:
         if entry.name in {other.name for other in entries}:
             raise ConfigError(f"{where}: two entries are called {entry.name!r}. Rename one: names are history's keys.")
         entries.append(entry)
-    planned = [Planned(pipeline=pipeline, entry=entry, folder=folder) for entry in entries]
+    script = script or folder / "train.py"
+    planned = [Planned(pipeline=pipeline, entry=entry, folder=folder, script=script) for entry in entries]
     for each in planned:
         check_recipe(each, path)
     return planned

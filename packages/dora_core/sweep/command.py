@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import shlex
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from dora_core.sweep.report import collect, write_report
 from dora_core.sweep.runs import Outcome, read_outcome, refuse_changed, run_point
 from dora_core.training.folder import lock_folder
 from dora_core.training.jobs import run_jobs
-from dora_core.training.launcher import Stop, summary
+from dora_core.training.launcher import Stop, summary, training_script
 
 HELP = """
 A field with several values, separated by commas, spans the grid; one with a single value holds for every run, and a
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
         _refuse_unknown_metric(own.metric, own.pipeline, grid)
     for point in grid.points:
         refuse_changed(pipeline, point)
-    script = Path(importlib.util.find_spec(f"{pipeline_packages()[own.pipeline]}.train").origin)
+    script = training_script(pipeline_packages()[own.pipeline])
     output.mkdir(parents=True, exist_ok=True)
     about = {
         "command": shlex.join(["dora", "sweep", *arguments]),
@@ -78,7 +77,7 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def _run_all(grid: Grid, script: Path, output: Path, own: argparse.Namespace, report: Callable[[], str]) -> None:
+def _run_all(grid: Grid, script: Path | str, output: Path, own: argparse.Namespace, report: Callable[[], str]) -> None:
     """Run what is not finished, ``--jobs`` at a time; failures stop nothing. Writes the report after each run."""
     missing = [point for point in grid.points if read_outcome(output / point.name).status != "finished"]
     counts = " x ".join(f"{len(grid.values(axis[0]))} {' with '.join(axis)}" for axis in grid.axes)

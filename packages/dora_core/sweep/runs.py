@@ -70,7 +70,7 @@ def refuse_changed(pipeline: Any, point: Point) -> None:
 
 
 def run_point(
-    script: Path, point: Point, num_ranks: int, time_limit_s: float | None, place: int, stop: Stop
+    script: Path | str, point: Point, num_ranks: int, time_limit_s: float | None, place: int, stop: Stop
 ) -> Outcome:
     """Run or resume one point in a process of its own and return how far it has come, which its folder keeps.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import signal
@@ -56,8 +57,19 @@ class Stop:
     """Do not wait for the saving."""
 
 
-def launch_command(script: Path, arguments: Sequence[str], num_ranks: int, place: int = 0) -> list[str]:
-    """Return the command that runs ``script`` on ``num_ranks`` ranks of this machine, on a free port.
+def training_script(package: str) -> Path | str:
+    """Return what to launch of a pipeline's package: ``train.py``, which finds its checkout by itself, or the module.
+
+    The module where the package is not one of ``pipelines`` but of a distribution of its own.
+    """
+    module = f"{package}.train"
+    return Path(importlib.util.find_spec(module).origin) if package.startswith("pipelines.") else module
+
+
+def launch_command(script: Path | str, arguments: Sequence[str], num_ranks: int, place: int = 0) -> list[str]:
+    """Return the command that runs ``script``, a file or the name of a module, on ``num_ranks`` ranks of this machine.
+
+    On a free port.
 
     Of launches that run at once each has its ``place``, 0, 1, ..., and they take the GPUs in turn. Where
     CUDA_VISIBLE_DEVICES numbers GPUs, those are named: ``--num_gpus`` would make the launcher ignore that variable and
@@ -79,7 +91,8 @@ def launch_command(script: Path, arguments: Sequence[str], num_ranks: int, place
         command += ["--include", "localhost:" + ",".join(visible[rank % len(visible)] for rank in ranks)]
     else:
         command += ["--num_gpus", str(num_ranks)]
-    return [*command, "--master_port", str(free_port()), str(script), *arguments]
+    command += ["--master_port", str(free_port())]
+    return [*command, *([str(script)] if isinstance(script, Path) else ["--module", script]), *arguments]
 
 
 def launch(

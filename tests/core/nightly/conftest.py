@@ -27,7 +27,8 @@ def planned(tmp_path):
 
     def make(**fields) -> Planned:
         entry = Entry(**{"name": "tiny", "recipe": "tiny", "time_limit_s": 60.0, **fields})
-        return Planned(pipeline="toy", entry=entry, folder=tmp_path / "pipelines" / "toy")
+        folder = tmp_path / "pipelines" / "toy"
+        return Planned(pipeline="toy", entry=entry, folder=folder, script=folder / "train.py")
 
     return make
 

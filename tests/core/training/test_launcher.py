@@ -71,6 +71,7 @@ def test_a_signal_stops_the_run_and_raises(tmp_path, chain, number):
 def test_the_command_names_the_script_its_ranks_and_the_visible_gpus(monkeypatch):
     words = launch_command(Path("train.py"), ["--config", "tiny"], 2)
     assert words[1:3] == ["--num_gpus", "2"] and words[-3:] == ["train.py", "--config", "tiny"]
+    assert launch_command("dora_audio.train", ["--config", "tiny"], 2)[-4:-2] == ["--module", "dora_audio.train"]
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,0")
     assert launch_command(Path("train.py"), [], 2)[1:3] == ["--include", "localhost:3,1"]
