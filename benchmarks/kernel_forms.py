@@ -67,8 +67,8 @@ def _measured(
     def layer(form: str | None) -> Callable[[int], Any]:
         def call(index: int) -> Any:
             x, lora_A, lora_B, magnitude, *bias, weight, norm, dy = copies[index]
-            projection = Projection(weight, None, lora_A, lora_B, magnitude, norm, Settings(2.0, full_norm, form=form))
-            (y,) = fused_linears(x, [projection._replace(bias=bias[0]) if bias else projection])
+            tensors = (weight, bias[0] if bias else None, lora_A, lora_B, magnitude, norm)
+            (y,) = fused_linears(x, [Projection(*tensors, Settings(2.0, full_norm, form=form))])
             return torch.autograd.grad(y, (x, lora_A, lora_B, magnitude, *bias), dy)
 
         return call

@@ -41,8 +41,9 @@ def draw_layers(points: Sequence[Point], picture: Path) -> None:
         for place, method in enumerate(methods):
             own = [p for p in points if (p.method, p.change.role) == (method, role)]
             last: dict[str, list[Change]] = {}
+            *_, last_step = _steps(own)
             for p in own:
-                if p.step == _steps(own)[-1]:
+                if p.step == last_step:
                     last.setdefault(p.change.name, []).append(p.change)
             at = [index - 0.4 + (place + 0.5) * width for index in range(len(last))]
             for axes, key in zip(panels[row], ("delta_m", "delta_d"), strict=True):

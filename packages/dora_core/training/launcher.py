@@ -67,9 +67,7 @@ def training_script(package: str) -> Path | str:
 
 
 def launch_command(script: Path | str, arguments: Sequence[str], num_ranks: int, place: int = 0) -> list[str]:
-    """Return the command that runs ``script``, a file or the name of a module, on ``num_ranks`` ranks of this machine.
-
-    On a free port.
+    """Return the command that runs ``script``, a file or a module's name, on ``num_ranks`` ranks here, on a free port.
 
     Of launches that run at once each has its ``place``, 0, 1, ..., and they take the GPUs in turn. Where
     CUDA_VISIBLE_DEVICES numbers GPUs, those are named: ``--num_gpus`` would make the launcher ignore that variable and

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dora_core.adapters.kernels.gradient_ops import transposed_product
 from dora_core.adapters.kernels.projection import Stack
-from dora_core.adapters.kernels.weight_ops import weight_gradients
+from dora_core.adapters.kernels.weight_ops import formed_weight, weight_gradients
 
 
 def dense_gradients(
@@ -19,7 +19,7 @@ def dense_gradients(
     dx, grads = None, []
     for i, (p, dy, (need_bias, need_a, need_b, need_m)) in enumerate(zip(stack.projections, dys, needs, strict=True)):
         if need_x:
-            formed = stack.formed(i)
+            formed = formed_weight(stack, i)
             dx = torch.mm(dy, formed) if dx is None else dx.addmm_(dy, formed)
         own: list[Tensor | None] = [dy.sum(0, dtype=torch.float32).to(p.bias.dtype) if need_bias else None] + [None] * 3
         if need_a or need_b or need_m:

@@ -15,7 +15,7 @@ from dora_core.adapters.kernels.gradient_ops import dropped_gradient, output_gra
 from dora_core.adapters.kernels.launch import cast
 from dora_core.adapters.kernels.projection import Projection, Stack
 from dora_core.adapters.kernels.token_ops import compose, dropped_product
-from dora_core.adapters.kernels.weight_ops import effective_weight
+from dora_core.adapters.kernels.weight_ops import effective_weight, formed_weight
 
 linear = torch._C._nn.linear
 """``F.linear`` itself, for which ZeRO-3 puts a slower one of its own."""
@@ -59,7 +59,7 @@ def _forward(
     for i, (p, form, keep, low) in enumerate(zip(projections, forms, keeps, _slices(hidden, stack), strict=True)):
         bias, base = cast(p.bias, dtype), None
         if form == "merged":
-            y = linear(x, stack.formed(i), bias)
+            y = linear(x, formed_weight(stack, i), bias)
         elif p.settings.untouched:  # the base layer's own kernel, so that the result is its result bit for bit
             y = linear(x, cast(p.weight, dtype), bias)
             if keep and bias is not None:
@@ -124,7 +124,7 @@ class _FusedLinears(torch.autograd.Function):
         for i, (p, need, low) in enumerate(zip(projections, needs, _slices(hidden, stack), strict=True)):
             dy = cast(_flat(dys[i]), dtype)
             full_norm = p.settings.full_norm and p.rank > 0
-            formed = stack.formed(i) if (merged and need_x) or full_norm else None
+            formed = formed_weight(stack, i) if (merged and need_x) or full_norm else None
             projected = torch.mm(formed, stack.lora_A(i).t()) if full_norm else None
             gained = p.magnitude is not None and not merged
             tensors = (dy, kept[i], low, p.lora_B, p.magnitude, p.norm, projected)

@@ -93,11 +93,3 @@ class Stack:
             if self._keeps:
                 self._lora_B[i] = lora_B
         return lora_B
-
-    def formed(self, i: int) -> Tensor:
-        """Return g (W + s B A) [out, in] of a layer, formed anew."""
-        from dora_core.adapters.kernels.weight_ops import effective_weight  # needs Triton
-
-        p = self.projections[i]
-        factors = (self.lora_A(i), self.lora_B(i)) if p.rank else (None, None)
-        return effective_weight(p.weight, *factors, p.magnitude, p.norm, p.settings.scale, self.dtype)

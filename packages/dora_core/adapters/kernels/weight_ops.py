@@ -27,6 +27,7 @@ from dora_core.adapters.kernels.launch import (
     split,
 )
 from dora_core.adapters.kernels.library import register
+from dora_core.adapters.kernels.projection import Stack
 
 _row_norm_kernel = Kernel(weight_kernels.row_norm_kernel)
 _effective_weight_kernel = Kernel(weight_kernels.effective_weight_kernel)
@@ -162,6 +163,13 @@ effective_weight = register(
 """g (W + s B A) [out, in] in ``dtype``; bf16 is rounded without bias, see ``effective_weight_kernel``."""
 
 
+def formed_weight(stack: Stack, i: int) -> Tensor:
+    """Return g (W + s B A) [out, in] of a layer in the stack's type, formed anew."""
+    p = stack.projections[i]
+    factors = (stack.lora_A(i), stack.lora_B(i)) if p.rank else (None, None)
+    return effective_weight(p.weight, *factors, p.magnitude, p.norm, p.settings.scale, stack.dtype)
+
+
 @lru_cache(MAX_KNOWN)
 def _weight_gradients_launch(
     weight: tuple, lora_A: tuple, dtypes: tuple[torch.dtype | None, ...], scale: float, full_norm: bool
@@ -197,18 +205,21 @@ def _weight_gradients(
     lora_A, lora_B = contiguous(lora_A), contiguous(lora_B)
     dtypes = (dtype, dtype_of(magnitude), dtype_of(lora_A), dtype_of(lora_B))
     launch = _weight_gradients_launch(facts(weight), facts(lora_A), dtypes, float(scale), full_norm)
-    out, dm = empty(gradient, *gradient.shape, dtype=dtype), None if magnitude is None else torch.empty_like(magnitude)
+    out, dm = _empty_gradients(gradient, magnitude, dtype)
     launch(contiguous(gradient), weight, lora_A, lora_B, magnitude, norm, out, dm)
     return out, dm
+
+
+def _empty_gradients(gradient: Tensor, magnitude: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    return empty(gradient, *gradient.shape, dtype=dtype), None if magnitude is None else torch.empty_like(magnitude)
 
 
 weight_gradients = register(
     "weight_gradients(Tensor gradient, Tensor weight, Tensor? lora_A, Tensor? lora_B, Tensor? magnitude, "
     "Tensor? norm, float scale, bool full_norm, ScalarType dtype) -> (Tensor, Tensor?)",
     _weight_gradients,
-    lambda gradient, weight, lora_A, lora_B, magnitude, norm, scale, full_norm, dtype: (
-        empty(gradient, *gradient.shape, dtype=dtype),
-        None if magnitude is None else torch.empty_like(magnitude),
+    lambda gradient, weight, lora_A, lora_B, magnitude, norm, scale, full_norm, dtype: _empty_gradients(
+        gradient, magnitude, dtype
     ),
 )
 """s dL/dV [out, in] in ``dtype``, with V = W + s B A, and dm [out], from the gradient G [out, in] of W' = g V in fp32.
