@@ -13,7 +13,7 @@ import training_runs  # noqa: F401  (it finds dora_core in this checkout)
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from dora_core.adapters import AdapterConfig, LoRALinear, apply_adapters, reuse_norms
+from dora_core.adapters import CHECKPOINTING, AdapterConfig, LoRALinear, apply_adapters, reuse_norms
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -46,6 +46,8 @@ class Variant:
     """Adapters in fp32, as ``dora_core`` makes them, instead of in the model's type."""
     norm_gradient: Literal["detached", "full"] = "detached"
     """Of ours; PEFT's is detached."""
+    kept_outputs: tuple[str, ...] = ()
+    """Of ours: layers whose outputs checkpointing keeps."""
     cached: bool = False
     """With PEFT's ``DoraCaching``, which keeps norms and B A in evaluation mode."""
 
@@ -57,6 +59,8 @@ VARIANTS = {
     "peft-dora-cached": Variant(library="peft", cached=True),
     "ours-lora": Variant(library="ours", kind="lora"),
     "ours-dora": Variant(library="ours"),
+    "ours-dora-kept": Variant(library="ours", kept_outputs=("down_proj",)),
+    "ours-lora-kept": Variant(library="ours", kind="lora", kept_outputs=("down_proj",)),
     "ours-dora-fp32": Variant(library="ours", full_precision=True),
     "ours-dora-plain": Variant(library="ours", kernel="plain"),
     "ours-dora-full": Variant(library="ours", full_precision=True, norm_gradient="full"),
@@ -124,6 +128,7 @@ def adapter_config(variant: Variant, rank: int) -> AdapterConfig:
         targets=TARGETS,
         kernel=variant.kernel,
         norm_gradient=variant.norm_gradient,
+        kept_outputs=list(variant.kept_outputs),
     )
 
 
@@ -178,7 +183,7 @@ def checkpointed(model: PreTrainedModel, enable: bool) -> Iterator[None]:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from dora_core.adapters import CHECKPOINTING
 from dora_core.config import ConfigError
 from dora_core.engine import pretrained
 from dora_core.engine.build import DTYPES, Engine
@@ -36,7 +37,7 @@ def load_model(section: ModelSection, precision: str, *, gradient_checkpointing:
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(pretrained.not_found("model", section.path, error)) from None
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
     return model.train()
 
 

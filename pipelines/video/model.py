@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import BartConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from dora_core.adapters import CHECKPOINTING
 from dora_core.adapters.sharded import gathered
 from dora_core.config import ConfigError, require
 from dora_core.engine import pretrained
@@ -67,7 +68,7 @@ def load_vl_bart(
             raise ConfigError(pretrained.not_found("model", section.path, error)) from None
     model.config.first_place_id = tokenizer.convert_tokens_to_ids(EXTRA_TOKENS[NUM_VISUAL_TOKENS])
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
     return model.train()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedTokenizerBase
 
+from dora_core.adapters import CHECKPOINTING
 from dora_core.config import ConfigError
 from dora_core.engine import pretrained
 from dora_core.engine.build import DTYPES, Engine, recipe_groups
@@ -62,7 +63,7 @@ def load_llava(
             "Set model.tokenizer to the tokenizer that belongs to the model."
         )
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
     _always_run_vision(model.model)
     model.train()
     model.model.vision_tower.eval()

@@ -61,10 +61,13 @@ def apply_adapters(model: nn.Module, config: AdapterConfig) -> AdapterReport:
         _refuse_subclasses(eligible, config)
         _check_patterns(config, targets)
         _refuse_shared(modules, targets + magnitudes)
-    kernels = ""
+    kernels, kept = "", []
     if low_rank:
+        kept = _match({name: modules[name] for name in targets}, config.kept_outputs, "kept_outputs", _is_linear)
         dtypes = {modules[name].weight.dtype for name in targets + magnitudes}
         kernels = kernel_choice(config.kernel, dtypes, config.dropout, config.dropout_mode)
+        if kept:
+            kernels += f". Activation checkpointing keeps the outputs of {len(kept)} layers where they are fused"
     model.requires_grad_(False)
 
     lines = []
@@ -75,6 +78,7 @@ def apply_adapters(model: nn.Module, config: AdapterConfig) -> AdapterReport:
         alpha = float(value_for(name, config.alpha_pattern, config.alpha))
         adapted = adapt(module, config, rank, alpha, _generator(config.seed, name))
         if adapted is not module:
+            adapted.recomputed = name not in kept
             adapted.train(module.training)
             model.set_submodule(name, adapted)
         lines.append(describe_module(name, adapted, "magnitude" if name in only_magnitude else config.kind, rank))

@@ -55,8 +55,9 @@ class LoRALinear(nn.Module):
             self.bias.requires_grad_(False)
         self.rank, self.alpha = rank, alpha
         self._scale = scale_of(rank, alpha, rslora)
-        self.dropout, self.dropout_mode = dropout, dropout_mode
-        self.kernel = kernel
+        self.dropout, self.dropout_mode, self.kernel = dropout, dropout_mode, kernel
+        self.recomputed = True
+        """Whether activation checkpointing computes the output again, instead of keeping it; see ``keep_outputs``."""
         self.shared_input: Any = None
         """While ``reuse_norms`` is active: the ``SharedInput`` of layers that may be given the same tensor."""
         self.num_reuse_blocks = 0
@@ -146,7 +147,7 @@ class LoRALinear(nn.Module):
         self, tensors: tuple, versions: list[int] | None, compute_norm: Callable[..., Tensor]
     ) -> kernels.Projection:
         norm = self._norm(tensors, versions, compute_norm)
-        settings = kernels.Settings(self._scale, self._full_norm_gradient, self._untouched(norm))
+        settings = kernels.Settings(self._scale, self._full_norm_gradient, self._untouched(norm), self.recomputed)
         return kernels.Projection(*tensors, norm, settings)
 
     def _stack_of(self, layers: Sequence[LoRALinear], dtype: torch.dtype) -> kernels.Stack:
@@ -230,9 +231,8 @@ class LoRALinear(nn.Module):
         return [p for p in (self.lora_A, self.lora_B, self.magnitude) if p is not None]
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, scale={self._scale:g}"
-        )
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, rank={self.rank}, scale={self._scale:g}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRALinear:
         # What is trained stays in fp32: model.half() and friends convert the frozen weight alone.

@@ -13,9 +13,11 @@ from dora_core.adapters.kernels.dispatch import (
     row_norms,
     why_not_fused,
 )
+from dora_core.adapters.kernels.kept_outputs import CHECKPOINTING, keep_outputs
 from dora_core.adapters.kernels.projection import Projection, Settings, Stack
 
 __all__ = [
+    "CHECKPOINTING",
     "Form",
     "Projection",
     "Settings",
@@ -25,6 +27,7 @@ __all__ = [
     "choose_dense",
     "choose_form",
     "fused_linears",
+    "keep_outputs",
     "kernel_choice",
     "refuse",
     "row_norm",

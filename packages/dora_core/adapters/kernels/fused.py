@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from dora_core.adapters.kernels.dense import dense_gradients
 from dora_core.adapters.kernels.forms import backward_form, forward_form, is_dense, keeps_output, needs_base
 from dora_core.adapters.kernels.gradient_ops import dropped_gradient, output_gradients, transposed_product
+from dora_core.adapters.kernels.kept_outputs import Computed, compute_or_take
 from dora_core.adapters.kernels.launch import cast
 from dora_core.adapters.kernels.projection import Projection, Stack
 from dora_core.adapters.kernels.token_ops import compose, dropped_product
@@ -40,7 +42,7 @@ def fused_linears(x: Tensor, layers: Sequence[Projection] | Stack, dropout: floa
     stack = layers if isinstance(layers, Stack) else Stack(layers, x.dtype)
     projections = stack.projections
     if not torch.is_grad_enabled():
-        return tuple(_forward(x, stack, [False] * len(projections), seed, dropout)[0])
+        return tuple(_forward(x, stack, [False] * len(projections), seed, dropout).outputs)
     tensors = [tensor for p in projections for tensor in (p.bias, p.lora_A, p.lora_B, p.magnitude)]
     if not torch.compiler.is_compiling():
         return _FusedLinears.apply(x, seed, dropout, stack, None, *tensors)
@@ -50,8 +52,8 @@ def fused_linears(x: Tensor, layers: Sequence[Projection] | Stack, dropout: floa
 
 def _forward(
     x: Tensor, stack: Stack, keeps: Sequence[bool], seed: Tensor | None, dropout: float, dense: bool = False
-) -> tuple[list[Tensor], list[Tensor | None], list[bool], Tensor | None]:
-    """Return outputs [..., out], what m needs of them where ``keeps``, whether it is the output, and hidden."""
+) -> Computed:
+    """Return outputs [..., out], what m needs of them where ``keeps``, and hidden."""
     dtype, projections = x.dtype, stack.projections
     forms = [forward_form(p, x, seed, each, dense) for p, each in zip(projections, keeps, strict=True)]
     hidden = _hidden(_flat(x), stack, seed, dropout) if "composed" in forms and not dense else None
@@ -73,7 +75,7 @@ def _forward(
                 base = None
         outputs.append(y)
         kept.append((y if base is None else base) if keep else None)
-    return outputs, kept, [y is each for y, each in zip(outputs, kept, strict=True)], hidden
+    return Computed(outputs, kept, hidden)
 
 
 class _FusedLinears(torch.autograd.Function):
@@ -90,7 +92,10 @@ class _FusedLinears(torch.autograd.Function):
         trains = any([need[1] or need[2] or need[3] for need in needs])
         ctx.is_dense = dense = trains and seed is None and is_dense(x, projections)
         keeps = [not dense and keeps_output(p, need[3]) for p, need in zip(projections, needs, strict=True)]
-        outputs, kept, ctx.kept_is_output, hidden = _forward(x, stack, keeps, seed, dropout, dense)
+        compute = partial(_forward, x, stack, keeps, seed, dropout, dense)
+        recomputes = torch.compiler.is_compiling() or any([p.settings.recomputed for p in projections])
+        outputs, kept, hidden = compute() if recomputes else compute_or_take(compute)
+        ctx.kept_is_output = [y is each for y, each in zip(outputs, kept, strict=True)]
         keeps_x = trains or any(keeps)
         ctx.save_for_backward(x if keeps_x else None, seed, hidden if keeps_x else None, *kept, *saved)
         ctx.versions = None if saved else _versions(projections)

@@ -22,6 +22,8 @@ class Settings(NamedTuple):
     """Whether the norm is differentiated (eq. 6)."""
     untouched: bool = False
     """The promise that B = 0 and g = 1."""
+    recomputed: bool = True
+    """Whether the recomputation of activation checkpointing computes it again; see ``keep_outputs``."""
     form: Form | None = None
     """The way of computing; the cost rule's if not given. What the others cannot do is composed in any case."""
 

@@ -1,0 +1,188 @@
+"""Activation checkpointing that keeps the outputs of chosen layers."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dora_core.adapters import (
+    CHECKPOINTING,
+    AdapterConfig,
+    AdapterError,
+    DoRALinear,
+    LoRALinear,
+    apply_adapters,
+    reuse_norms,
+)
+from dora_core.adapters.kernels import forms, fused
+from dora_core.testing.tiny import tiny_llama
+
+
+class Block(nn.Module):
+    """x + down(tanh(up(x)))."""
+
+    def __init__(self, kind: type[LoRALinear] = DoRALinear, bias: bool = False, **options):
+        super().__init__()
+        self.up_proj, self.down_proj = (
+            kind(nn.Linear(*sizes, bias=bias), 4, 8.0, kernel="fused", **options) for sizes in ((16, 24), (24, 16))
+        )
+        for layer in self.children():
+            nn.init.normal_(layer.lora_B, std=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down_proj(torch.tanh(self.up_proj(x)))
+
+
+def build(device: str, **options) -> nn.ModuleList:
+    torch.manual_seed(0)
+    return nn.ModuleList([Block(**options) for _ in range(2)]).to(device)
+
+
+def run(blocks: nn.ModuleList, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The output and all gradients, with the same dropout whenever it is called."""
+    torch.manual_seed(1)
+    y = x
+    for block in blocks:
+        y = checkpoint(block, y, **CHECKPOINTING)
+    return y, list(torch.autograd.grad(y.square().sum(), [x, *(p for p in blocks.parameters() if p.requires_grad)]))
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[int]:
+    """The number of outputs of each layer that is computed."""
+    seen: list[int] = []
+    original = fused._forward
+
+    def spy(x, stack, *others):
+        seen.append(stack.projections[0].weight.shape[0])
+        return original(x, stack, *others)
+
+    monkeypatch.setattr(fused, "_forward", spy)
+    return seen
+
+
+def x_for(device: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0)).to(device, dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("form", ["merged", "composed"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kind": LoRALinear},
+        {"bias": True},
+        {"dropout": 0.3},
+        {"norm_gradient": "full"},
+        {"bias": True, "dropout": 0.3, "norm_gradient": "full"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_computing_again_bit_for_bit(form, options, dtype, device, computed, monkeypatch):
+    monkeypatch.setattr(forms, "choose_form", lambda *_: form)
+    blocks, x = build(device, **options).to(dtype), x_for(device, dtype)
+    with reuse_norms(blocks):
+        expected = run(blocks, x)
+        assert computed == [24, 16, 24, 16, 24, 16, 24, 16]
+        computed.clear()
+        for block in blocks:
+            block.down_proj.recomputed = False
+            block.down_proj.invalidate()
+        found = run(blocks, x)
+    assert computed == [24, 16, 24, 16, 24, 24]
+    assert torch.equal(found[0], expected[0])
+    for one, other in zip(found[1], expected[1], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_outputs_live_until_their_block_is_done(device):
+    blocks, x = build(device), x_for(device)
+    kept: list[weakref.ref] = []
+    alive_at_backward: list[list[bool]] = []
+    for block in blocks:
+        block.down_proj.recomputed = False
+        block.down_proj.register_forward_hook(lambda _, __, y: kept.append(weakref.ref(y.untyped_storage())))
+    y = x
+    for block in blocks:
+        y = checkpoint(block, y, **CHECKPOINTING)
+        y.register_hook(lambda _: alive_at_backward.append([ref() is not None for ref in kept[:2]]))
+    y.sum().backward()
+    assert alive_at_backward == [[True, True], [True, False]]
+    assert not any(ref() is not None for ref in kept)
+
+
+def test_an_output_that_the_model_writes_to_is_computed_again(device, computed):
+    class Writing(Block):
+        def forward(self, x):
+            return self.down_proj(torch.tanh(self.up_proj(x))).add_(x)
+
+    torch.manual_seed(0)
+    blocks, x = nn.ModuleList([Writing(kind=LoRALinear)]).to(device), x_for(device)
+    expected = run(blocks, x)[1]
+    blocks[0].down_proj.recomputed = False
+    computed.clear()
+    for one, other in zip(run(blocks, x)[1], expected, strict=True):
+        assert torch.equal(one, other)
+    assert computed == [24, 16, 24, 16]
+
+
+def test_a_graph_that_is_used_twice_and_blocks_within_blocks(device, computed):
+    blocks, x = build(device), x_for(device)
+
+    def both(x: Tensor) -> Tensor:
+        for block in blocks:
+            x = checkpoint(block, x, **CHECKPOINTING)
+        return x
+
+    expected = run(blocks, x)[1]
+    for block in blocks:
+        block.down_proj.recomputed = False
+    computed.clear()
+    leaves = [x, *(p for p in blocks.parameters() if p.requires_grad)]
+    loss = checkpoint(both, x, **CHECKPOINTING).square().sum()
+    for retain in (True, False):
+        for one, other in zip(torch.autograd.grad(loss, leaves, retain_graph=retain), expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def adapted_llama(device: str, **options) -> nn.Module:
+    torch.manual_seed(0)
+    model = tiny_llama(vocab_size=64).to(device).train()
+    apply_adapters(model, AdapterConfig(rank=4, kernel="fused", **options))
+    for layer in model.modules():
+        if isinstance(layer, LoRALinear):
+            nn.init.normal_(layer.lora_B, std=0.1)
+            layer.invalidate()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
+    return model
+
+
+def test_a_transformers_model_multiplies_once_by_what_its_recipe_keeps(device, computed):
+    ids = torch.arange(12, device=device)[None]
+    gradients, calls = [], []
+    for kept in ([], ["down_proj"]):
+        model = adapted_llama(device, kept_outputs=kept)
+        computed.clear()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        calls.append(len(computed))
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert calls[0] - calls[1] == model.config.num_hidden_layers
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name])
+
+
+def test_the_recipe_names_targets_and_the_report_says_how_many():
+    model = tiny_llama(vocab_size=64)
+    with pytest.raises(AdapterError, match=r"adapter\.kept_outputs: Unknown pattern 'o_proj'.*down_proj"):
+        apply_adapters(model, AdapterConfig(rank=4, kept_outputs=["o_proj"]))
+    report = apply_adapters(model, AdapterConfig(rank=4, kept_outputs="model[.].*[.]down_proj"))
+    assert f"keeps the outputs of {model.config.num_hidden_layers} layers" in str(report)
+    assert [layer.recomputed for layer in model.model.layers[0].mlp.children() if isinstance(layer, LoRALinear)] == [
+        True,
+        False,
+    ]
