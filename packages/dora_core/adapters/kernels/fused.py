@@ -12,12 +12,21 @@ from torch.autograd.function import once_differentiable
 
 from dora_core.adapters.kernels.dense import dense_gradients
 from dora_core.adapters.kernels.forms import backward_form, forward_form, is_dense, keeps_output, needs_base
-from dora_core.adapters.kernels.gradient_ops import dropped_gradient, output_gradients, transposed_product
+from dora_core.adapters.kernels.gradient_ops import output_gradients, transposed_product
 from dora_core.adapters.kernels.kept_outputs import Computed, compute_or_take
 from dora_core.adapters.kernels.launch import cast
+from dora_core.adapters.kernels.low_rank import (
+    flat,
+    give_gradients_of_a,
+    gradient_of_hidden,
+    hidden_of,
+    masks_first,
+    slices,
+    source_of_a,
+)
 from dora_core.adapters.kernels.projection import Projection, Stack
-from dora_core.adapters.kernels.token_ops import compose, dropped_product
-from dora_core.adapters.kernels.weight_ops import effective_weight, formed_weight
+from dora_core.adapters.kernels.token_ops import compose, masked
+from dora_core.adapters.kernels.weight_ops import formed_weight
 
 linear = torch._C._nn.linear
 """``F.linear`` itself, for which ZeRO-3 puts a slower one of its own."""
@@ -34,15 +43,17 @@ def fused_linears(x: Tensor, layers: Sequence[Projection] | Stack, dropout: floa
     mask for all; a ``Stack`` of x's type keeps what several calls need. The two ways of computing an output, see
     ``choose_form``, have their own error for half types: ``composed`` rounds the base product once more; ``merged``
     rounds the weight without bias, together up to twice the error of one rounding of y. Kept for the backward pass
-    beside x: one [tokens, r] and, for the gradient of the magnitude, the output itself, which nobody may write to
-    unseen by torch, or one [tokens, out]. A dropout mask is drawn again from its seed, a formed weight formed again.
-    But x alone is kept in small layers whose norm is differentiated, which are ``dense``, see ``choose_dense``.
+    beside x, or drop(x) in its place at large ranks: one [tokens, r] and, for the gradient of the magnitude, the output
+    itself, which nobody may write to unseen by torch, or one [tokens, out]. A dropout mask is drawn again from its
+    seed, a formed weight formed again. But x alone is kept in small layers whose norm is differentiated, which are
+    ``dense``, see ``choose_dense``.
     """
     seed = torch.randint(2**31, (1,), device=x.device) if dropout > 0 else None
     stack = layers if isinstance(layers, Stack) else Stack(layers, x.dtype)
     projections = stack.projections
     if not torch.is_grad_enabled():
-        return tuple(_forward(x, stack, [False] * len(projections), seed, dropout).outputs)
+        source = source_of_a(x, stack, seed, dropout)
+        return tuple(_forward(x, source, stack, [False] * len(projections), seed, dropout).outputs)
     tensors = [tensor for p in projections for tensor in (p.bias, p.lora_A, p.lora_B, p.magnitude)]
     if not torch.compiler.is_compiling():
         return _FusedLinears.apply(x, seed, dropout, stack, None, *tensors)
@@ -51,14 +62,20 @@ def fused_linears(x: Tensor, layers: Sequence[Projection] | Stack, dropout: floa
 
 
 def _forward(
-    x: Tensor, stack: Stack, keeps: Sequence[bool], seed: Tensor | None, dropout: float, dense: bool = False
+    x: Tensor,
+    source: Tensor,
+    stack: Stack,
+    keeps: Sequence[bool],
+    seed: Tensor | None,
+    dropout: float,
+    dense: bool = False,
 ) -> Computed:
-    """Return outputs [..., out], what m needs of them where ``keeps``, and hidden."""
+    """Return outputs [..., out], what m needs of them where ``keeps``, and hidden, of ``source_of_a``."""
     dtype, projections = x.dtype, stack.projections
     forms = [forward_form(p, x, seed, each, dense) for p, each in zip(projections, keeps, strict=True)]
-    hidden = _hidden(_flat(x), stack, seed, dropout) if "composed" in forms and not dense else None
+    hidden = hidden_of(flat(source), stack, seed, dropout) if "composed" in forms and not dense else None
     outputs, kept = [], []
-    for i, (p, form, keep, low) in enumerate(zip(projections, forms, keeps, _slices(hidden, stack), strict=True)):
+    for i, (p, form, keep, low) in enumerate(zip(projections, forms, keeps, slices(hidden, stack), strict=True)):
         bias, base = cast(p.bias, dtype), None
         if form == "merged":
             y = linear(x, formed_weight(stack, i), bias)
@@ -92,12 +109,13 @@ class _FusedLinears(torch.autograd.Function):
         trains = any([need[1] or need[2] or need[3] for need in needs])
         ctx.is_dense = dense = trains and seed is None and is_dense(x, projections)
         keeps = [not dense and keeps_output(p, need[3]) for p, need in zip(projections, needs, strict=True)]
-        compute = partial(_forward, x, stack, keeps, seed, dropout, dense)
+        source = source_of_a(x, stack, seed, dropout)
+        compute = partial(_forward, x, source, stack, keeps, seed, dropout, dense)
         recomputes = torch.compiler.is_compiling() or any([p.settings.recomputed for p in projections])
         outputs, kept, hidden = compute() if recomputes else compute_or_take(compute)
         ctx.kept_is_output = [y is each for y, each in zip(outputs, kept, strict=True)]
         keeps_x = trains or any(keeps)
-        ctx.save_for_backward(x if keeps_x else None, seed, hidden if keeps_x else None, *kept, *saved)
+        ctx.save_for_backward(source if keeps_x else None, seed, hidden if keeps_x else None, *kept, *saved)
         ctx.versions = None if saved else _versions(projections)
         ctx.options = (x.shape, dropout, settings, x.dtype)
         return tuple(outputs)
@@ -106,8 +124,8 @@ class _FusedLinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *dys):
         shape, dropout, settings, dtype = ctx.options
-        x, seed, hidden, *rest = ctx.saved_tensors
-        x = _flat(x)
+        source, seed, hidden, *rest = ctx.saved_tensors
+        source = flat(source)
         kept = rest[: len(dys)]
         stack = ctx.known or Stack(_projections(rest[len(dys) :], settings), dtype)
         projections = stack.projections
@@ -119,15 +137,17 @@ class _FusedLinears(torch.autograd.Function):
         needs = _needs(ctx, len(projections))
         need_x = ctx.needs_input_grad[0]
         if ctx.is_dense:
-            dx, grads = dense_gradients(x, [cast(_flat(dy), dtype) for dy in dys], stack, needs, need_x)
+            dx, grads = dense_gradients(source, [cast(flat(dy), dtype) for dy in dys], stack, needs, need_x)
             return _gradients(ctx, dx, grads)
         merged = seed is None and backward_form(projections, math.prod(shape[:-1])) == "merged"
-        if hidden is None and x is not None:
-            hidden = _hidden(x, stack, seed, dropout)
+        if hidden is None and source is not None:
+            hidden = hidden_of(source, stack, seed, dropout)
         wants_u = any([need[1] for need in needs]) or (need_x and not merged)
+        is_masked = masks_first(stack, seed)
+        factor_of_u = 1.0 / (1.0 - dropout) if is_masked else 1.0  # what of drop(x) is not in its source
         dx, us, grads, norm_parts = None, [], [], {}
-        for i, (p, need, low) in enumerate(zip(projections, needs, _slices(hidden, stack), strict=True)):
-            dy = cast(_flat(dys[i]), dtype)
+        for i, (p, need, low) in enumerate(zip(projections, needs, slices(hidden, stack), strict=True)):
+            dy = cast(flat(dys[i]), dtype)
             full_norm = p.settings.full_norm and p.rank > 0
             formed = formed_weight(stack, i) if (merged and need_x) or full_norm else None
             projected = torch.mm(formed, stack.lora_A(i).t()) if full_norm else None
@@ -137,7 +157,7 @@ class _FusedLinears(torch.autograd.Function):
             gained_dy, dB, dm, weighted_B = output_gradients(*tensors, *options)
             gained_dy = gained_dy if gained else dy
             if p.rank and wants_u:
-                us.append(_u(stack, i, gained_dy, is_gained=not merged))
+                us.append(gradient_of_hidden(stack, i, gained_dy, p.settings.scale * factor_of_u, is_gained=not merged))
             if full_norm:
                 norm_parts[i] = transposed_product(weighted_B, formed, torch.float32)
             if need_x:
@@ -147,12 +167,14 @@ class _FusedLinears(torch.autograd.Function):
             grads.append([d_bias, None, dB if need[2] else None, dm if need[3] else None])
         if us:
             u = us[0] if len(us) == 1 else torch.cat(us, 1)
-            if need_x and seed is not None:
+            if need_x and is_masked:
+                dx = masked(torch.mm(u, stack.lora_A()), dx, seed, dropout, over=True)
+            elif need_x and seed is not None:
                 dx = compose(dx, u, stack.lora_A().t(), None, None, None, 1.0, seed, dropout, over=True)
             elif need_x and not merged:
                 dx.addmm_(u, stack.lora_A())
             if any([need[1] for need in needs]):
-                _give_gradients_of_a(grads, norm_parts, projections, x, u, seed, dropout)
+                give_gradients_of_a(grads, norm_parts, projections, source, u, None if is_masked else seed, dropout)
         return _gradients(ctx, dx, grads)
 
 
@@ -161,18 +183,6 @@ def _gradients(ctx, dx: Tensor | None, grads: Sequence[Sequence[Tensor | None]])
     dx = None if dx is None else dx.view(ctx.options[0])
     frozen = () if ctx.known else (None,) * (2 * len(grads))
     return (dx, *[None] * (NUM_OTHERS - 1), *[grad for each in grads for grad in each], *frozen)
-
-
-def _give_gradients_of_a(grads, norm_parts, projections, x, u, seed, dropout) -> None:
-    ranked = [(i, p) for i, p in enumerate(projections) if p.rank]
-    dtype = ranked[0][1].lora_A.dtype
-    dA = transposed_product(u, x, dtype) if seed is None else dropped_gradient(x, u, seed, dropout)
-    for (i, p), part in zip(ranked, dA.split_with_sizes([p.rank for _, p in ranked]), strict=True):
-        grads[i][1] = (part + norm_parts[i] if i in norm_parts else part).to(p.lora_A.dtype)
-
-
-def _flat(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _projections(tensors: Sequence[Tensor | None], settings: Sequence) -> list[Projection]:
@@ -196,33 +206,3 @@ def _needs(ctx, num_projections: int) -> list[Sequence[bool]]:
 def _versions(projections: Sequence[Projection]) -> list[int]:
     trained = [tensor for p in projections for tensor in (p.lora_A, p.lora_B, p.magnitude)]
     return [tensor._version for tensor in trained if tensor is not None]
-
-
-def _hidden(x: Tensor, stack: Stack, seed: Tensor | None, dropout: float) -> Tensor | None:
-    """drop(x) [A_1; A_2; ...]^T [T, sum of ranks]."""
-    if not stack.ranks:
-        return None
-    lora_A = stack.lora_A()
-    return torch.mm(x, lora_A.t()) if seed is None else dropped_product(x, lora_A, seed, dropout)
-
-
-def _slices(hidden: Tensor | None, stack: Stack) -> Sequence[Tensor | None]:
-    if hidden is None:
-        return [None] * len(stack)
-    if len(stack) == 1:
-        return [hidden]
-    parts = hidden.split_with_sizes(stack.ranks, 1)
-    if len(parts) == len(stack):
-        return parts
-    some = iter(parts)
-    return [next(some) if p.rank else None for p in stack.projections]
-
-
-def _u(stack: Stack, i: int, dy: Tensor, *, is_gained: bool) -> Tensor:
-    """s (g dy) B [T, r] of a layer from g dy, or from dy itself."""
-    p = stack.projections[i]
-    if is_gained or p.magnitude is None:
-        factor = stack.lora_B(i)
-    else:
-        factor = effective_weight(p.lora_B, None, None, p.magnitude, p.norm, 1.0, dy.dtype)
-    return torch.addmm(stack.unused, dy, factor, beta=0, alpha=p.settings.scale)

@@ -117,6 +117,24 @@ def dropped_product_kernel(
 
 
 @triton.jit
+def masked_kernel(
+    value_ptr, base_ptr, seed_ptr, out_ptr, num_tokens, num_columns, threshold, stride, stride_c,
+    HAS_BASE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out [T, N] = base + value where the mask keeps it, base alone (0 without one) where it does not."""
+    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (tokens < num_tokens)[:, None] & (columns < num_columns)[None, :]
+    wide_tokens = tokens[:, None].to(tl.int64)
+    value = tl.load(value_ptr + wide_tokens * stride + columns[None, :] * stride_c, mask=mask, other=0.0)
+    total = tl.where(is_kept(seed_ptr, tokens, columns, threshold), value, 0.0).to(tl.float32)
+    place = wide_tokens * num_columns + columns[None, :]
+    if HAS_BASE:
+        total += tl.load(base_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def finish_sum_kernel(
     part_ptr,
     out_ptr,

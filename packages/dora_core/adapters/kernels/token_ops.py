@@ -29,6 +29,7 @@ from dora_core.adapters.kernels.library import register
 
 _compose_kernel = Kernel(token_kernels.compose_kernel)
 _dropped_product_kernel = Kernel(token_kernels.dropped_product_kernel)
+_masked_kernel = Kernel(token_kernels.masked_kernel)
 _finish_sum_kernel = Kernel(token_kernels.finish_sum_kernel)
 
 
@@ -158,3 +159,30 @@ dropped_product = register(
     lambda x, lora_A, seed, dropout: empty(x, x.shape[0], lora_A.shape[0], dtype=x.dtype),
 )
 """drop(x) A^T [T, r] for x [T, in] and A [r, in]. The mask follows from ``seed`` (int64, one element) and the place."""
+
+
+@lru_cache(MAX_KNOWN)
+def _masked_launch(value: tuple, has_base: bool, dropout: float) -> Launch:
+    (num_tokens, num_columns), strides, _ = value
+    grid = (cdiv(num_tokens, 32), cdiv(num_columns, 128), 1)
+    numbers = (num_tokens, num_columns, dropout_threshold(dropout), *strides)
+    return _masked_kernel.bind(grid, numbers, HAS_BASE=has_base, BLOCK_T=32, BLOCK_N=128)
+
+
+def _masked(value: Tensor, base: Tensor | None, seed: Tensor, dropout: float, *, over: bool = False) -> Tensor:
+    base = contiguous(base)
+    out = base if over else torch.empty_like(value, memory_format=torch.contiguous_format)
+    if value.numel():
+        _masked_launch(facts(value), base is not None, dropout)(value, base, seed, out)
+    return out
+
+
+masked = register(
+    "masked(Tensor value, Tensor? base, Tensor seed, float dropout) -> Tensor",
+    _masked,
+    lambda value, *_: value.new_empty(value.shape),
+)
+"""base + (1 - p) drop(value) [T, N], with the mask of ``dropped_product`` and 0 for no base.
+
+``over=True`` allows to return it in the memory of a contiguous base that nobody needs any more.
+"""

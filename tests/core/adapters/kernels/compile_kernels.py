@@ -62,7 +62,7 @@ def call_layers() -> None:
     for (dtype, adapter_dtype, rank), form in itertools.product(CASES, ("merged", "composed", "dense")):
         full_norm, dropout = form == "dense" and rank > 0, False
         if form == "composed" and rank in (64, 384):
-            full_norm, dropout = rank == 384, rank == 64
+            full_norm, dropout = rank == 384, True
         case = make(512, 768, 1024, rank, dtype=dtype, adapter_dtype=adapter_dtype, bias=rank == 32)
         y = case.fused(form, full_norm=full_norm, dropout=0.1 * dropout)
         y.backward(torch.ones_like(y))

@@ -57,9 +57,9 @@ def computed(monkeypatch) -> list[int]:
     seen: list[int] = []
     original = fused._forward
 
-    def spy(x, stack, *others):
+    def spy(x, source, stack, *others):
         seen.append(stack.projections[0].weight.shape[0])
-        return original(x, stack, *others)
+        return original(x, source, stack, *others)
 
     monkeypatch.setattr(fused, "_forward", spy)
     return seen

@@ -19,6 +19,7 @@ from dora_core.adapters.kernels import (
     forms,
     fused,
     gradient_ops,
+    low_rank,
     token_ops,
     weight_ops,
 )
@@ -329,7 +330,9 @@ def test_which_layers_take_their_gradients_from_the_weights(device, monkeypatch)
     assert choose_dense(14000, 768, 768, 128, has_bias=True) and not choose_dense(14000, 4096, 4096, 128, has_bias=True)
 
 
-def test_dropout_drops_the_input_of_the_low_rank_path(device):
+@pytest.mark.parametrize("max_masked_rank", [0, 96])  # drop(x) is formed, and is not
+def test_dropout_drops_the_input_of_the_low_rank_path(max_masked_rank, device, monkeypatch):
+    monkeypatch.setattr(low_rank, "MAX_MASKED_RANK", max_masked_rank)
     features, p = 64, 0.25
     layer = LoRALinear(nn.Linear(features, features, bias=False), features, 1.0 * features, dropout=p, kernel="fused")
     with torch.no_grad():
@@ -354,6 +357,32 @@ def test_dropout_drops_the_input_of_the_low_rank_path(device):
     assert torch.equal(layer(x), y)
     assert not torch.equal(layer(x), y)
     assert torch.equal(layer.eval()(x), layer(x))
+
+
+@pytest.mark.parametrize("norm_gradient", ["detached", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_at_large_ranks_the_mask_is_the_same(norm_gradient, dtype, device, monkeypatch):
+    torch.manual_seed(0)
+    options = {"dropout": 0.3, "kernel": "fused", "norm_gradient": norm_gradient}
+    block = nn.ModuleList([DoRALinear(nn.Linear(70, 40), 50, 8.0, **options) for _ in range(3)]).to(device, dtype)
+    for layer in block:
+        nn.init.normal_(layer.lora_B, std=0.1)
+    x = torch.randn(70, 36, device=device, dtype=dtype).t().requires_grad_()  # of any strides
+    leaves = [x, *(p for p in block.parameters() if p.requires_grad)]
+    results, kept = [], []
+    for max_masked_rank in (96, 150):
+        monkeypatch.setattr(low_rank, "MAX_MASKED_RANK", max_masked_rank)
+        torch.manual_seed(1)
+        saved: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: (s.append(t), t)[1], lambda t: t):
+            outputs = fused.fused_linears(x, [layer.projection() for layer in block], 0.3)
+        kept.append(sum(t.shape[-1] == 70 for t in saved))
+        loss = sum(y.float().square().sum() for y in outputs)
+        results.append([*outputs, *torch.autograd.grad(loss, leaves)])
+    assert kept == [1, 1]  # x, or drop(x) in its place
+    for one, other in zip(*results, strict=True):
+        difference = (one.double() - other.double()).norm() / other.double().norm()
+        assert difference < (1e-5 if dtype == torch.float32 else 5e-3)
 
 
 def test_dropout_with_a_magnitude_is_the_plain_ones_on_average(device):
@@ -408,6 +437,8 @@ def test_operators_are_registered_soundly(device):
         (namespace.output_gradients, (y, None, hidden, b, None, None, None, 0.5, False, False)),
         (namespace.dropped_product, (x, a, seed, 0.1)),
         (namespace.dropped_gradient, (x, hidden, seed, 0.1)),
+        (namespace.masked, (x, None, seed, 0.1)),
+        (namespace.masked, (x, x + 1, seed, 0.1)),
     ):
         torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
     assert weight_ops.row_norm and token_ops.compose and gradient_ops.output_gradients  # registered by these modules
