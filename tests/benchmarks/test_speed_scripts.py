@@ -164,3 +164,15 @@ def test_the_cost_rule_is_within_its_limit_of_the_saved_times(file, least_timed)
             num_timed += 1
             assert times[chosen] <= (1 + kernel_forms.LIMIT) * fastest, sizes
     assert num_timed >= least_timed
+
+
+def test_the_rule_for_dense_layers_is_within_its_limit_of_the_saved_times():
+    rows = json.loads((measuring.RESULTS / "kernels_dense.json").read_text())["dense"]
+    assert len(rows) == 80
+    num_dense = 0
+    for row in rows:
+        sizes = (row["tokens"], row["in"], row["out"], row["rank"])
+        chosen = "dense" if kernel_forms.choose_dense(*sizes, has_bias=True) else "composed"
+        num_dense += chosen == "dense"
+        assert row[f"{chosen}_us"] <= (1 + kernel_forms.LIMIT) * min(row["dense_us"], row["composed_us"]), sizes
+    assert 30 < num_dense < 50

@@ -6,20 +6,20 @@ from typing import Literal
 
 Form = Literal["merged", "composed", "dense"]
 
-# Fitted, but for what ``choose_dense`` alone uses, to two runs over 100 layers on H200s (kernels.json and
-# kernels_forms.json in benchmarks/results): in both, what is chosen is the faster form or within 1.2 % of it, at the 99
-# and the 100 layers at which just that was timed.
+# Fitted to two runs over 100 layers on H200s (kernels.json and kernels_forms.json in benchmarks/results): in both, what
+# is chosen is the faster form or within 1.2 % of it, at the 99 and the 100 layers at which just that was timed. What
+# ``choose_dense`` alone uses is fitted to 80 layers (kernels_dense.json): it is the faster form or within 0.9 % of it.
 BYTES_PER_US = 3.0e6
 """What the kernels that go over a weight or over tokens reach, of 4.2e6 in a plain copy."""
 FLOPS_PER_US = 1.6e8
 """What the low-rank products inside them reach, in time of their own."""
-PRODUCT_FLOPS_PER_US = 7.5e8
+PRODUCT_FLOPS_PER_US = 7.0e8
 """What a large product by cuBLAS reaches."""
 GEMM_BYTES_PER_US = 4.2e6
 """What a low-rank product by cuBLAS, which adds to its result, reaches: that of a copy."""
 GEMM_FLOPS_PER_US = 5.0e8
 """What it reaches, in time of its own."""
-LAUNCH_US = 4.0
+LAUNCH_US = 3.6
 """What a kernel takes that has next to nothing to do."""
 WEIGHT_US = 4.0
 """What a pass over a weight takes beyond that, because a small weight does not keep a large GPU busy."""
@@ -65,12 +65,15 @@ def choose_dense(num_tokens: int, in_features: int, out_features: int, rank: int
     """Return whether a layer whose norm is differentiated should take all its gradients from dL/dW = dy^T x [out, in].
 
     ``dense`` forms the weight in both directions, takes one more product of the base's size, and goes over dL/dW twice
-    to have dm and dL/dV, whose products with A and B are small. The other forms have five products of [tokens, r] and
-    a pass over the output in each direction, or over the weight instead in the forward pass of a layer without a bias;
-    and five launches more. Pays off in small layers of large rank. An estimate: no layer was timed.
+    to have dm and dL/dV, whose products with A and B are small: five products of [out, in] and r, in the time of three
+    passes. The other forms have five products of [tokens, r] and a pass over the output in each direction, or over the
+    weight instead in the forward pass of a layer without a bias, a weight formed once, and five launches more. Pays off
+    in small layers. Layers without a bias were not timed.
     """
-    weight = _weight_us(in_features, out_features, rank)
-    dense = 5 * weight + 2 * num_tokens * in_features * out_features / PRODUCT_FLOPS_PER_US
+    num_elements = in_features * out_features
+    weight = WEIGHT_US + _pass_us(num_elements, rank)
+    dense = 3 * (WEIGHT_US + _pass_us(num_elements, 0)) + 5 * 2 * num_elements * rank / FLOPS_PER_US
+    dense += 2 * num_tokens * num_elements / PRODUCT_FLOPS_PER_US
     composed = _pass_us(num_tokens * out_features, rank)
     others = (composed if has_bias else min(weight, composed)) + _pass_us(num_tokens * out_features, 0) + weight
     others += 2 * num_tokens * rank * (2 * in_features + 2 * out_features) / GEMM_FLOPS_PER_US + 5 * LAUNCH_US
