@@ -48,6 +48,8 @@ class Variant:
     """Of ours; PEFT's is detached."""
     kept_outputs: tuple[str, ...] = ()
     """Of ours: layers whose outputs checkpointing keeps."""
+    offload: bool = False
+    """In the host's memory."""
     cached: bool = False
     """With PEFT's ``DoraCaching``, which keeps norms and B A in evaluation mode."""
 
@@ -60,6 +62,7 @@ VARIANTS = {
     "ours-lora": Variant(library="ours", kind="lora"),
     "ours-dora": Variant(library="ours"),
     "ours-dora-kept": Variant(library="ours", kept_outputs=("down_proj",)),
+    "ours-dora-offloaded": Variant(library="ours", kept_outputs=("down_proj",), offload=True),
     "ours-lora-kept": Variant(library="ours", kind="lora", kept_outputs=("down_proj",)),
     "ours-dora-fp32": Variant(library="ours", full_precision=True),
     "ours-dora-plain": Variant(library="ours", kernel="plain"),
@@ -129,6 +132,7 @@ def adapter_config(variant: Variant, rank: int) -> AdapterConfig:
         kernel=variant.kernel,
         norm_gradient=variant.norm_gradient,
         kept_outputs=list(variant.kept_outputs),
+        offload_kept_outputs=variant.offload,
     )
 
 

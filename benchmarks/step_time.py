@@ -42,7 +42,8 @@ from transformers import PreTrainedModel
 
 REGIMES = "8x2048-ckpt-r32,2x2048-r32,1x2048-ckpt-r32,1x4096-ckpt-r128,1x4096-ckpt-r384"
 DEFAULT_VARIANTS = (
-    "peft-lora,peft-dora,ours-lora,ours-dora,ours-dora-kept,ours-dora-fp32,ours-dora-plain,ours-dora-dropout"
+    "peft-lora,peft-dora,ours-lora,ours-dora,ours-dora-kept,ours-dora-offloaded,"
+    "ours-dora-fp32,ours-dora-plain,ours-dora-dropout"
 )
 FEW_TOKENS = 16
 MAX_STEPS = 40

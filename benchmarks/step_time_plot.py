@@ -10,6 +10,8 @@ COLOURS = {
     "peft-dora": "#6e6e6e",
     "ours-lora": "#8ecae6",
     "ours-dora": "#1d6fb8",
+    "ours-dora-kept": "#0b3c5d",
+    "ours-dora-offloaded": "#00798c",
     "ours-dora-fp32": "#2a9d8f",
     "ours-dora-plain": "#e9c46a",
     "ours-dora-dropout": "#9b5de5",

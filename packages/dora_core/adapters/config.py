@@ -41,6 +41,8 @@ class AdapterConfig:
     """Targets whose outputs activation checkpointing keeps: the recomputation then need not multiply by them again for
     the magnitude's gradient. Costs [tokens, out] of memory for each; pays off for the last projection of a block, such
     as ``down_proj``, whose output nothing else there needs. With fused kernels alone."""
+    offload_kept_outputs: bool = False
+    """Keep them in the host's memory: copied there and back while the GPU computes."""
     targets: list[str] | str = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
     exclude: list[str] | str = field(default_factory=list)
     """Modules that neither kind of targets ever means, for example those of a vision tower."""

@@ -67,7 +67,8 @@ def apply_adapters(model: nn.Module, config: AdapterConfig) -> AdapterReport:
         dtypes = {modules[name].weight.dtype for name in targets + magnitudes}
         kernels = kernel_choice(config.kernel, dtypes, config.dropout, config.dropout_mode)
         if kept:
-            kernels += f". Activation checkpointing keeps the outputs of {len(kept)} layers where they are fused"
+            where = "in the host's memory" if config.offload_kept_outputs else "on the GPU"
+            kernels += f"; activation checkpointing keeps the outputs of {len(kept)} fused layers {where}"
     model.requires_grad_(False)
 
     lines = []
@@ -78,7 +79,9 @@ def apply_adapters(model: nn.Module, config: AdapterConfig) -> AdapterReport:
         alpha = float(value_for(name, config.alpha_pattern, config.alpha))
         adapted = adapt(module, config, rank, alpha, _generator(config.seed, name))
         if adapted is not module:
-            adapted.recomputed = name not in kept
+            adapted.recomputation = (
+                ("offload" if config.offload_kept_outputs else "keep") if name in kept else "compute"
+            )
             adapted.train(module.training)
             model.set_submodule(name, adapted)
         lines.append(describe_module(name, adapted, "magnitude" if name in only_magnitude else config.kind, rank))

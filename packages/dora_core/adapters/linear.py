@@ -56,8 +56,8 @@ class LoRALinear(nn.Module):
         self.rank, self.alpha = rank, alpha
         self._scale = scale_of(rank, alpha, rslora)
         self.dropout, self.dropout_mode, self.kernel = dropout, dropout_mode, kernel
-        self.recomputed = True
-        """Whether activation checkpointing computes the output again, instead of keeping it; see ``keep_outputs``."""
+        self.recomputation: kernels.Recomputation = "compute"
+        """What activation checkpointing does about the output; see ``keep_outputs``."""
         self.shared_input: Any = None
         """While ``reuse_norms`` is active: the ``SharedInput`` of layers that may be given the same tensor."""
         self.num_reuse_blocks = 0
@@ -147,7 +147,7 @@ class LoRALinear(nn.Module):
         self, tensors: tuple, versions: list[int] | None, compute_norm: Callable[..., Tensor]
     ) -> kernels.Projection:
         norm = self._norm(tensors, versions, compute_norm)
-        settings = kernels.Settings(self._scale, self._full_norm_gradient, self._untouched(norm), self.recomputed)
+        settings = kernels.Settings(self._scale, self._full_norm_gradient, self._untouched(norm), self.recomputation)
         return kernels.Projection(*tensors, norm, settings)
 
     def _stack_of(self, layers: Sequence[LoRALinear], dtype: torch.dtype) -> kernels.Stack:

@@ -111,8 +111,10 @@ class _FusedLinears(torch.autograd.Function):
         keeps = [not dense and keeps_output(p, need[3]) for p, need in zip(projections, needs, strict=True)]
         source = source_of_a(x, stack, seed, dropout)
         compute = partial(_forward, x, source, stack, keeps, seed, dropout, dense)
-        recomputes = torch.compiler.is_compiling() or any([p.settings.recomputed for p in projections])
-        outputs, kept, hidden = compute() if recomputes else compute_or_take(compute)
+        if torch.compiler.is_compiling():  # a graph holds no state
+            outputs, kept, hidden = compute()
+        else:
+            outputs, kept, hidden = compute_or_take(compute, stack.recomputation)
         ctx.kept_is_output = [y is each for y, each in zip(outputs, kept, strict=True)]
         keeps_x = trains or any(keeps)
         ctx.save_for_backward(source if keeps_x else None, seed, hidden if keeps_x else None, *kept, *saved)

@@ -12,7 +12,7 @@ from dora_core.adapters.kernels.projection import Stack
 from dora_core.adapters.kernels.token_ops import dropped_product, masked
 from dora_core.adapters.kernels.weight_ops import effective_weight
 
-MAX_MASKED_RANK = 96
+MAX_MASKED_RANK = 64
 """Up to this sum of ranks the mask of dropout is drawn within the low-rank products. Above, drop(x) is formed for
 cuBLAS, which is faster at large ranks by more than that takes."""
 

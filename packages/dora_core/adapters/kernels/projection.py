@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dora_core.adapters.kernels.cost import Form
+from dora_core.adapters.kernels.kept_outputs import Recomputation
 
 MAX_KEPT = 1 << 20
 """A ``Stack`` keeps copies of factors with up to so many elements; larger ones cost memory and save little time."""
@@ -22,8 +23,8 @@ class Settings(NamedTuple):
     """Whether the norm is differentiated (eq. 6)."""
     untouched: bool = False
     """The promise that B = 0 and g = 1."""
-    recomputed: bool = True
-    """Whether the recomputation of activation checkpointing computes it again; see ``keep_outputs``."""
+    recomputation: Recomputation = "compute"
+    """What activation checkpointing does about the output; see ``keep_outputs``."""
     form: Form | None = None
     """The way of computing; the cost rule's if not given. What the others cannot do is composed in any case."""
 
@@ -59,6 +60,8 @@ class Stack:
         self.unused = projections[0].weight.new_empty((), dtype=dtype)
         """For arguments that an operator must be given and does not read."""
         num_elements = sum(sum(p.weight.shape) * p.rank for p in projections)
+        ways = {p.settings.recomputation for p in projections}
+        self.recomputation: Recomputation = ways.pop() if len(ways) == 1 else "compute"
         self._keeps = num_elements <= MAX_KEPT
         self._lora_A: Tensor | None = None
         self._lora_B: list[Tensor | None] = [None] * len(projections)

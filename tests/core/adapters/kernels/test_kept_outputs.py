@@ -83,7 +83,8 @@ def x_for(device: str, dtype: torch.dtype = torch.float32) -> Tensor:
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_are_those_of_computing_again_bit_for_bit(form, options, dtype, device, computed, monkeypatch):
+@pytest.mark.parametrize("way", ["keep", "offload"])
+def test_gradients_are_those_of_computing_again_bit_for_bit(form, options, dtype, way, device, computed, monkeypatch):
     monkeypatch.setattr(forms, "choose_form", lambda *_: form)
     blocks, x = build(device, **options).to(dtype), x_for(device, dtype)
     with reuse_norms(blocks):
@@ -91,7 +92,7 @@ def test_gradients_are_those_of_computing_again_bit_for_bit(form, options, dtype
         assert computed == [24, 16, 24, 16, 24, 16, 24, 16]
         computed.clear()
         for block in blocks:
-            block.down_proj.recomputed = False
+            block.down_proj.recomputation = way
             block.down_proj.invalidate()
         found = run(blocks, x)
     assert computed == [24, 16, 24, 16, 24, 24]
@@ -105,7 +106,7 @@ def test_outputs_live_until_their_block_is_done(device):
     kept: list[weakref.ref] = []
     alive_at_backward: list[list[bool]] = []
     for block in blocks:
-        block.down_proj.recomputed = False
+        block.down_proj.recomputation = "keep"
         block.down_proj.register_forward_hook(lambda _, __, y: kept.append(weakref.ref(y.untyped_storage())))
     y = x
     for block in blocks:
@@ -116,7 +117,8 @@ def test_outputs_live_until_their_block_is_done(device):
     assert not any(ref() is not None for ref in kept)
 
 
-def test_an_output_that_the_model_writes_to_is_computed_again(device, computed):
+@pytest.mark.parametrize("way", ["keep", "offload"])
+def test_an_output_that_the_model_writes_to_is_computed_again(way, device, computed):
     class Writing(Block):
         def forward(self, x):
             return self.down_proj(torch.tanh(self.up_proj(x))).add_(x)
@@ -124,14 +126,15 @@ def test_an_output_that_the_model_writes_to_is_computed_again(device, computed):
     torch.manual_seed(0)
     blocks, x = nn.ModuleList([Writing(kind=LoRALinear)]).to(device), x_for(device)
     expected = run(blocks, x)[1]
-    blocks[0].down_proj.recomputed = False
+    blocks[0].down_proj.recomputation = way
     computed.clear()
     for one, other in zip(run(blocks, x)[1], expected, strict=True):
         assert torch.equal(one, other)
     assert computed == [24, 16, 24, 16]
 
 
-def test_a_graph_that_is_used_twice_and_blocks_within_blocks(device, computed):
+@pytest.mark.parametrize("way", ["keep", "offload"])
+def test_a_graph_that_is_used_twice_and_blocks_within_blocks(way, device, computed):
     blocks, x = build(device), x_for(device)
 
     def both(x: Tensor) -> Tensor:
@@ -141,7 +144,7 @@ def test_a_graph_that_is_used_twice_and_blocks_within_blocks(device, computed):
 
     expected = run(blocks, x)[1]
     for block in blocks:
-        block.down_proj.recomputed = False
+        block.down_proj.recomputation = way
     computed.clear()
     leaves = [x, *(p for p in blocks.parameters() if p.requires_grad)]
     loss = checkpoint(both, x, **CHECKPOINTING).square().sum()
@@ -181,8 +184,8 @@ def test_the_recipe_names_targets_and_the_report_says_how_many():
     with pytest.raises(AdapterError, match=r"adapter\.kept_outputs: Unknown pattern 'o_proj'.*down_proj"):
         apply_adapters(model, AdapterConfig(rank=4, kept_outputs=["o_proj"]))
     report = apply_adapters(model, AdapterConfig(rank=4, kept_outputs="model[.].*[.]down_proj"))
-    assert f"keeps the outputs of {model.config.num_hidden_layers} layers" in str(report)
-    assert [layer.recomputed for layer in model.model.layers[0].mlp.children() if isinstance(layer, LoRALinear)] == [
-        True,
-        False,
+    assert f"keeps the outputs of {model.config.num_hidden_layers} fused layers on the GPU" in str(report)
+    assert [layer.recomputation for layer in model.model.layers[0].mlp.children() if isinstance(layer, LoRALinear)] == [
+        "compute",
+        "keep",
     ]
