@@ -31,11 +31,11 @@ class Computed(NamedTuple):
     """drop(x) A^T [T, sum of ranks], if it was needed."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Computed:
-        """Return it with ``function`` of each tensor [..., out]."""
+        """Return it with ``function`` of each tensor."""
         outputs = [function(y) for y in self.outputs]
         pairs = zip(self.outputs, self.kept, outputs, strict=True)
         kept = [new if each is y else each if each is None else function(each) for y, each, new in pairs]
-        return Computed(outputs, kept, self.hidden)
+        return Computed(outputs, kept, None if self.hidden is None else function(self.hidden))
 
 
 class _Kept:

@@ -43,16 +43,15 @@ def mixed(bits):
 
 
 @triton.jit
-def hash_tile(seed, rows, columns):
-    """[rows, columns] of 32 pseudo-random bits that depend on the seed and the element's place alone."""
-    by_row = mixed(rows.to(tl.uint32) * 0x9E3779B1 + seed.to(tl.uint32))
-    return mixed(by_row[:, None] + columns.to(tl.uint32)[None, :] * 0x85EBCA77)
-
-
-@triton.jit
 def is_kept(seed_ptr, rows, columns, threshold):
-    """The dropout mask: true with probability 1 - threshold / 2^32."""
-    return hash_tile(tl.load(seed_ptr), rows, columns) >= threshold.to(tl.uint32)
+    """The dropout mask: true with probability 1 - threshold / 2^32, by the seed and the element's place alone.
+
+    Rows and columns are mixed alone, so that an element takes few operations more; its highest bits are the best.
+    """
+    by_row = mixed(rows.to(tl.uint32) * 0x9E3779B1 + tl.load(seed_ptr).to(tl.uint32))
+    by_column = mixed(columns.to(tl.uint32) * 0x85EBCA77 + 0x1234567)
+    bits = (by_row[:, None] ^ by_column[None, :]) * 0x7FEB352D
+    return (bits ^ (bits >> 15)) * 0x846CA68B >= threshold.to(tl.uint32)
 
 
 @triton.jit

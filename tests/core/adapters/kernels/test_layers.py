@@ -359,6 +359,25 @@ def test_dropout_drops_the_input_of_the_low_rank_path(max_masked_rank, device, m
     assert torch.equal(layer.eval()(x), layer(x))
 
 
+def test_elements_are_dropped_independently(device):
+    p, seed = 0.3, torch.tensor([5], device=device)
+    kept = token_ops.masked(torch.ones(1024, 1024, device=device), None, seed, p) - (1 - p)
+    variance = p * (1 - p)
+
+    def deviation(*shifts: tuple[int, int]) -> float:
+        """How many standard deviations the mean product of so shifted masks is off zero."""
+        product = torch.ones(900, 900, device=device)
+        for rows, columns in shifts:
+            product = product * kept[rows : rows + 900, columns : columns + 900]
+        return (product.mean() * 900 / variance ** (len(shifts) / 2)).abs().item()
+
+    for step in (1, 2, 3, 4, 8, 16, 17, 32, 64, 100):
+        for shifts in ([(0, 0), (0, step)], [(0, 0), (step, 0)], [(0, 0), (step, step)]):
+            assert deviation(*shifts) < 4.5, shifts
+        assert deviation((0, 0), (0, step), (step, 0), (step, step)) < 4.5
+    assert deviation((0, 0)) < 4.5 and deviation((0, 0), (0, 1), (0, 2)) < 4.5
+
+
 @pytest.mark.parametrize("norm_gradient", ["detached", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_at_large_ranks_the_mask_is_the_same(norm_gradient, dtype, device, monkeypatch):
