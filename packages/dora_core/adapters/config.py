@@ -38,9 +38,9 @@ class AdapterConfig:
     auto: fused where they can run; the start of a run says which and why. Fused layers keep their output for the
     backward pass: kernels that overwrite it unseen by torch, such as Liger's RoPE, must be given a copy."""
     kept_outputs: list[str] | str = field(default_factory=list)
-    """Targets whose outputs activation checkpointing keeps: the recomputation then need not multiply by them again for
-    the magnitude's gradient. Costs [tokens, out] of memory for each; pays off for the last projection of a block, such
-    as ``down_proj``, whose output nothing else there needs. With fused kernels alone."""
+    """Adapted modules whose outputs activation checkpointing keeps: the recomputation then need not multiply by them
+    again. Costs [tokens, out] of memory for each; pays off for the last projection of a block, such as ``down_proj``,
+    whose output nothing else there needs. With fused kernels alone; what is not adapted is passed over."""
     offload_kept_outputs: bool = False
     """Keep them in the host's memory: copied there and back while the GPU computes."""
     targets: list[str] | str = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])

@@ -61,14 +61,15 @@ def apply_adapters(model: nn.Module, config: AdapterConfig) -> AdapterReport:
         _refuse_subclasses(eligible, config)
         _check_patterns(config, targets)
         _refuse_shared(modules, targets + magnitudes)
-    kernels, kept = "", []
+    kernels, kept, way = "", set(), "offload" if config.offload_kept_outputs else "keep"
     if low_rank:
-        kept = _match({name: modules[name] for name in targets}, config.kept_outputs, "kept_outputs", _is_linear)
+        kept = {*_match(modules, config.kept_outputs, "kept_outputs", _is_linear)} & {*targets, *magnitudes}
         dtypes = {modules[name].weight.dtype for name in targets + magnitudes}
         kernels = kernel_choice(config.kernel, dtypes, config.dropout, config.dropout_mode)
         if kept:
-            where = "in the host's memory" if config.offload_kept_outputs else "on the GPU"
-            kernels += f"; activation checkpointing keeps the outputs of {len(kept)} fused layers {where}"
+            where = "on the GPU" if way == "keep" else "in the host's memory"
+            effect = f"; activation checkpointing keeps the outputs of {len(kept)} layers {where}"
+            kernels += effect if kernels.startswith("fused") else "; so adapter.kept_outputs has no effect"
     model.requires_grad_(False)
 
     lines = []
@@ -79,9 +80,7 @@ def apply_adapters(model: nn.Module, config: AdapterConfig) -> AdapterReport:
         alpha = float(value_for(name, config.alpha_pattern, config.alpha))
         adapted = adapt(module, config, rank, alpha, _generator(config.seed, name))
         if adapted is not module:
-            adapted.recomputation = (
-                ("offload" if config.offload_kept_outputs else "keep") if name in kept else "compute"
-            )
+            adapted.recomputation = way if name in kept else "compute"
             adapted.train(module.training)
             model.set_submodule(name, adapted)
         lines.append(describe_module(name, adapted, "magnitude" if name in only_magnitude else config.kind, rank))

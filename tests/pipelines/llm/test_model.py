@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
 from dora_core.adapters import AdapterConfig, apply_adapters
-from dora_core.config import ConfigError
+from dora_core.config import ConfigError, load_config
 from dora_core.data.collate import TokenRow, pad_rows
 from dora_core.testing.tiny import LLAMA_3_ROPE
-from pipelines.llm.config import ModelSection
+from pipelines.llm.config import RECIPES, LLMConfig, ModelSection
 from pipelines.llm.model import load_model, load_tokenizer, next_token_loss
 
 SIZES = {
@@ -100,3 +100,14 @@ def test_a_model_that_is_not_there_is_refused_with_what_to_give(tmp_path, monkey
     for load in (lambda s: load_model(s, "fp32"), load_tokenizer):
         with pytest.raises(ConfigError, match=r"cannot be loaded.*Give the folder of a (model|tokenizer)"):
             load(ModelSection(path=str(tmp_path / "nothing")))
+
+
+def test_every_recipe_adapts_a_llama():
+    recipes = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    assert len(recipes) > 10
+    for recipe in recipes:
+        adapter = load_config(LLMConfig, recipe, [], recipes=RECIPES).adapter
+        with torch.device("meta"):
+            model = LlamaForCausalLM(FAMILIES["llama"])
+            report = apply_adapters(model, adapter)
+        assert report.num_trainable, recipe

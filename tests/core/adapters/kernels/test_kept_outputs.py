@@ -179,13 +179,26 @@ def test_a_transformers_model_multiplies_once_by_what_its_recipe_keeps(device, c
         assert torch.equal(gradient, gradients[1][name])
 
 
-def test_the_recipe_names_targets_and_the_report_says_how_many():
-    model = tiny_llama(vocab_size=64)
-    with pytest.raises(AdapterError, match=r"adapter\.kept_outputs: Unknown pattern 'o_proj'.*down_proj"):
-        apply_adapters(model, AdapterConfig(rank=4, kept_outputs=["o_proj"]))
-    report = apply_adapters(model, AdapterConfig(rank=4, kept_outputs="model[.].*[.]down_proj"))
-    assert f"keeps the outputs of {model.config.num_hidden_layers} fused layers on the GPU" in str(report)
-    assert [layer.recomputation for layer in model.model.layers[0].mlp.children() if isinstance(layer, LoRALinear)] == [
-        "compute",
-        "keep",
-    ]
+def test_adapted_layers_keep_what_their_recipe_names_and_the_report_says_how_many():
+    with pytest.raises(AdapterError, match=r"adapter\.kept_outputs: Unknown pattern 'down'.*down_proj"):
+        apply_adapters(tiny_llama(vocab_size=64), AdapterConfig(rank=4, kept_outputs=["down"]))
+
+    def kept(**options) -> tuple[list[str], str]:
+        model = tiny_llama(vocab_size=64, layers=2)
+        report = apply_adapters(
+            model, AdapterConfig(rank=4, **({"kernel": "fused", "kept_outputs": ["down_proj", "o_proj"]} | options))
+        )
+        ways = {name: layer.recomputation for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+        return [f"{name}: {way}" for name, way in ways.items() if way != "compute"], str(report)
+
+    layers, report = kept()
+    assert layers == [f"model.layers.{i}.mlp.down_proj: keep" for i in range(2)]
+    assert "keeps the outputs of 2 layers on the GPU" in report
+    layers, report = kept(
+        targets=["q_proj"], magnitude_targets="model.layers.1.*(o|down)_proj", offload_kept_outputs=True
+    )
+    assert layers == [f"model.layers.1.{name}: offload" for name in ("self_attn.o_proj", "mlp.down_proj")]
+    assert "keeps the outputs of 2 layers in the host's memory" in report
+    layers, report = kept(targets=["q_proj", "v_proj"])
+    assert not layers and "keeps" not in report
+    assert kept(kernel="plain")[1].endswith("plain, as adapter.kernel says; so adapter.kept_outputs has no effect")
