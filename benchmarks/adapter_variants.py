@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +13,7 @@ import training_runs  # noqa: F401  (it finds dora_core in this checkout)
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from dora_core.adapters import CHECKPOINTING, AdapterConfig, LoRALinear, apply_adapters, reuse_norms
+from dora_core.adapters import AdapterConfig, LoRALinear, apply_adapters, checkpoint_activations, reuse_norms
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -69,6 +69,8 @@ VARIANTS = {
     "ours-dora-full": Variant(library="ours", full_precision=True, norm_gradient="full"),
     "ours-lora-fp32": Variant(library="ours", kind="lora", full_precision=True),
     "ours-dora-dropout": Variant(library="ours", dropout=0.05),
+    "ours-dora-dropout-kept": Variant(library="ours", dropout=0.05, kept_outputs=("down_proj",)),
+    "ours-lora-dropout": Variant(library="ours", kind="lora", dropout=0.05),
 }
 
 
@@ -177,7 +179,7 @@ def _take_out(model: nn.Module) -> None:
 
 
 @contextmanager
-def checkpointed(model: PreTrainedModel, enable: bool) -> Iterator[None]:
+def checkpointed(model: PreTrainedModel, enable: bool, kept_outputs: Sequence[str] = ()) -> Iterator[None]:
     """Within the block activations are checkpointed, if ``enable``; enter it after adapters are in.
 
     PEFT would put a hook of its own on a model that checkpoints already.
@@ -187,7 +189,7 @@ def checkpointed(model: PreTrainedModel, enable: bool) -> Iterator[None]:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
+        checkpoint_activations(model, AdapterConfig(kept_outputs=list(kept_outputs)))
     try:
         yield
     finally:

@@ -95,10 +95,11 @@ def measure(
     torch.manual_seed(0)
     input_ids = regime.input_ids(model.config.vocab_size, device)
     losses = []
+    variant = VARIANTS[name.removesuffix("-again")]
     with (
         input_gradients(model),
-        adapted(model, VARIANTS[name.removesuffix("-again")], regime.rank) as called,
-        checkpointed(model, regime.checkpointing),
+        adapted(model, variant, regime.rank) as called,
+        checkpointed(model, regime.checkpointing, variant.kept_outputs),
     ):
         parameters = [parameter for parameter in called.parameters() if parameter.requires_grad]
         memory = Memory(device)

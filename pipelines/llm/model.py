@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from dora_core.adapters import CHECKPOINTING
 from dora_core.config import ConfigError
 from dora_core.engine import pretrained
 from dora_core.engine.build import DTYPES, Engine
@@ -22,7 +21,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     return pretrained.load_tokenizer(section.tokenizer or section.path)
 
 
-def load_model(section: ModelSection, precision: str, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
+def load_model(section: ModelSection, precision: str) -> PreTrainedModel:
     """Return the model in training mode, its weights in ``precision``; call it within ``Zero.sharded_loading``."""
     dtype = DTYPES[precision]
     try:
@@ -36,8 +35,6 @@ def load_model(section: ModelSection, precision: str, *, gradient_checkpointing:
             )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(pretrained.not_found("model", section.path, error)) from None
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
     return model.train()
 
 

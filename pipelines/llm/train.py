@@ -16,7 +16,7 @@ if __package__ in (None, ""):  # run as a file: import from this checkout, never
 
 import torch
 
-from dora_core.adapters import AdapterReport, apply_adapters, reuse_norms, save_adapter
+from dora_core.adapters import AdapterReport, apply_adapters, checkpoint_activations, reuse_norms, save_adapter
 from dora_core.data.collate import Batch, num_targets, num_tokens
 from dora_core.data.loader import StepLoader
 from dora_core.engine.build import Engine, build_engine, recipe_groups
@@ -45,9 +45,11 @@ def train(cfg: LLMConfig) -> None:
         items = make_items(rows, cfg.data, cfg.run.seed)
         validation = make_items(validation, cfg.data, cfg.run.seed)
         with zero.sharded_loading():
-            model = load_model(cfg.model, cfg.train.precision, gradient_checkpointing=cfg.train.gradient_checkpointing)
+            model = load_model(cfg.model, cfg.train.precision)
         report = apply_adapters(model, cfg.adapter)
         run.say(report)
+        if cfg.train.gradient_checkpointing:
+            checkpoint_activations(model, cfg.adapter)
         run.say(run.world.agree(lambda: use_liger(model, cfg.train, run.world.device)))
         engine = build_engine(model, recipe_groups(model, cfg.train), cfg.train, zero, run.world)
 

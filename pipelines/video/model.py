@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers import BartConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from dora_core.adapters import CHECKPOINTING
 from dora_core.adapters.sharded import gathered
 from dora_core.config import ConfigError, require
 from dora_core.engine import pretrained
@@ -44,8 +43,6 @@ def load_vl_bart(
     visual_dim: int,
     precision: str,
     zero: Zero | None = None,
-    *,
-    gradient_checkpointing: bool = False,
 ) -> VLBart:
     """Return the model in training mode, its vocabulary grown to the tokenizer's.
 
@@ -67,8 +64,6 @@ def load_vl_bart(
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(pretrained.not_found("model", section.path, error)) from None
     model.config.first_place_id = tokenizer.convert_tokens_to_ids(EXTRA_TOKENS[NUM_VISUAL_TOKENS])
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
     return model.train()
 
 

@@ -18,7 +18,7 @@ if __package__ in (None, ""):  # run as a file: import from this checkout, never
 import torch
 from torch.utils.data import Subset
 
-from dora_core.adapters import apply_adapters, reuse_norms
+from dora_core.adapters import apply_adapters, checkpoint_activations, reuse_norms
 from dora_core.data.loader import StepLoader
 from dora_core.data.rows import DataError
 from dora_core.engine.build import Engine, build_engine, recipe_groups
@@ -61,10 +61,10 @@ def train(cfg: VideoConfig) -> None:
         world.require_same("training data", report.dataset_hash)
         run.say(report)
 
-        checkpointing = cfg.train.gradient_checkpointing
-        precision = cfg.train.precision
-        model = load_vl_bart(cfg.model, tokenizer, look.dim, precision, zero, gradient_checkpointing=checkpointing)
+        model = load_vl_bart(cfg.model, tokenizer, look.dim, cfg.train.precision, zero)
         run.say(apply_adapters(model, cfg.adapter))
+        if cfg.train.gradient_checkpointing:
+            checkpoint_activations(model, cfg.adapter)
         run.say(world.agree(lambda: use_liger(model, cfg.train, device)))
         engine = build_engine(model, recipe_groups(model, cfg.train), cfg.train, zero, world)
 

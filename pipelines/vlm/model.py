@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedTokenizerBase
 
-from dora_core.adapters import CHECKPOINTING
 from dora_core.config import ConfigError
 from dora_core.engine import pretrained
 from dora_core.engine.build import DTYPES, Engine, recipe_groups
@@ -43,7 +42,6 @@ def load_llava(
     zero: Zero | None = None,
     *,
     seed: int = 0,
-    gradient_checkpointing: bool = False,
 ) -> tuple[LlavaForConditionalGeneration, VisionFacts]:
     """Return the model in training mode, its tower in evaluation mode, and what its tower's pixels must be.
 
@@ -62,8 +60,6 @@ def load_llava(
             f"The model's image token is {model.config.image_token_id}, the tokenizer's {IMAGE_MARK} is {image_id}. "
             "Set model.tokenizer to the tokenizer that belongs to the model."
         )
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
     _always_run_vision(model.model)
     model.train()
     model.model.vision_tower.eval()

@@ -17,7 +17,7 @@ if __package__ in (None, ""):  # run as a file: import from this checkout, never
 
 import torch
 
-from dora_core.adapters import apply_adapters, reuse_norms
+from dora_core.adapters import apply_adapters, checkpoint_activations, reuse_norms
 from dora_core.data.loader import StepLoader
 from dora_core.data.rows import DataError
 from dora_core.engine.build import DTYPES, Engine, build_engine
@@ -43,14 +43,7 @@ def train(cfg: VLMConfig) -> None:
     with Run.start(cfg) as run:
         zero = resolve_zero(cfg.deepspeed, cfg.train, run.world)
         tokenizer = load_tokenizer(cfg.model)
-        model, vision = load_llava(
-            cfg.model,
-            tokenizer,
-            cfg.train.precision,
-            zero,
-            seed=cfg.run.seed,
-            gradient_checkpointing=cfg.train.gradient_checkpointing,
-        )
+        model, vision = load_llava(cfg.model, tokenizer, cfg.train.precision, zero, seed=cfg.run.seed)
         encoder = Encoder(tokenizer, vision, cfg.data)
         rows, validation, mixture, data_report = run.world.agree(
             lambda: load_training_data(cfg.data, encoder, cfg.run.seed)
@@ -58,6 +51,8 @@ def train(cfg: VLMConfig) -> None:
         run.world.require_same("training data", data_report.dataset_hash)
         run.say(data_report)
         run.say(apply_adapters(model, cfg.adapter))
+        if cfg.train.gradient_checkpointing:
+            checkpoint_activations(model, cfg.adapter)
         run.say(f"the result will be: {what_is_trained(model)}")
         run.say(run.world.agree(lambda: use_liger(model, cfg.train, run.world.device)))
         engine = build_engine(model, param_groups(model, cfg.train), cfg.train, zero, run.world)

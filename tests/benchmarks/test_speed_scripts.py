@@ -17,6 +17,7 @@ import device_timing
 import generation_time
 import kernel_forms
 import measuring
+import step_kernels
 import step_time
 import zero_step_time
 from adapter_variants import TINY, VARIANTS, adapted, build_model, checkpointed, input_gradients
@@ -115,6 +116,14 @@ def test_the_step_under_every_zero_stage_is_the_plain_step(tmp_path):
         assert row["last_loss"] == pytest.approx(rows[0]["last_loss"], abs=1e-5)
         assert row["last_loss"] != row["first_loss"]
     assert rows[-1]["over_zero2_ms"] == pytest.approx(rows[-1]["median_ms"] - rows[2]["median_ms"])
+
+
+def test_kernels_of_a_step_are_told_by_variant(tmp_path):
+    own = ["--tiny", "--device", "cpu", "--variants", "floor,ours-dora", "--output", str(tmp_path)]
+    assert step_kernels.main(own) == 0
+    rows = json.loads((tmp_path / "step_kernels.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["floor", "ours-dora"]
+    assert all(0 < sum(time for time, _ in row["kernels"].values()) <= row["kernels_ms"] + 1e-2 for row in rows)
 
 
 def test_every_operator_and_form_is_timed_in_the_interpreter(tmp_path):

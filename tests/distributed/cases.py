@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dora_core.adapters import CHECKPOINTING, AdapterConfig, apply_adapters, parameter_groups, reuse_norms
+from dora_core.adapters import AdapterConfig, apply_adapters, checkpoint_activations, parameter_groups, reuse_norms
 from dora_core.adapters.dora_linear import DoRALinear
 from dora_core.config import DeepSpeedSection, TrainSection
 from dora_core.engine.build import DTYPES, Engine, build_engine
@@ -59,9 +59,10 @@ def make_engine(world: World, folder: Path, case: dict[str, Any]) -> Engine:
     with zero.sharded_loading():
         model = LlamaForCausalLM.from_pretrained(folder, dtype=DTYPES[train.precision], attn_implementation="sdpa")
     default = {"kind": "dora", "rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj", "down_proj"]}
-    apply_adapters(model, AdapterConfig(**{**default, **case.get("adapter", {})}))
+    adapter = AdapterConfig(**{**default, **case.get("adapter", {})})
+    apply_adapters(model, adapter)
     if case.get("checkpointing"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
+        checkpoint_activations(model, adapter)
     model.train()
     return build_engine(model, parameter_groups(model, train.lr), train, zero, world)
 

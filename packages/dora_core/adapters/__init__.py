@@ -5,14 +5,13 @@ from dora_core.adapters.config import AdapterConfig
 from dora_core.adapters.dora_linear import DoRALinear
 from dora_core.adapters.groups import parameter_groups
 from dora_core.adapters.inject import AdapterError, apply_adapters
-from dora_core.adapters.kernels import CHECKPOINTING, keep_outputs
 from dora_core.adapters.linear import LoRALinear
 from dora_core.adapters.merge import MergeReport, adapters_disabled, merge_adapters, merge_and_unload, unmerge_adapters
 from dora_core.adapters.norm_reuse import NormReuse, reuse_norms
+from dora_core.adapters.recomputation import checkpoint_activations
 from dora_core.adapters.report import AdapterReport
 
 __all__ = [
-    "CHECKPOINTING",
     "AdapterConfig",
     "AdapterError",
     "AdapterReport",
@@ -22,7 +21,7 @@ __all__ = [
     "NormReuse",
     "adapters_disabled",
     "apply_adapters",
-    "keep_outputs",
+    "checkpoint_activations",
     "load_adapter",
     "merge_adapters",
     "merge_and_unload",

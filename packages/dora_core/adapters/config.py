@@ -39,10 +39,11 @@ class AdapterConfig:
     backward pass: kernels that overwrite it unseen by torch, such as Liger's RoPE, must be given a copy."""
     kept_outputs: list[str] | str = field(default_factory=list)
     """Adapted modules whose outputs activation checkpointing keeps: the recomputation then need not multiply by them
-    again. Costs [tokens, out] of memory for each; pays off for the last projection of a block, such as ``down_proj``,
-    whose output nothing else there needs. With fused kernels alone; what is not adapted is passed over."""
+    again. Costs [tokens, out] of memory for each (twice that with a bias or in fp16) and the [tokens, r] of x A^T; pays
+    off for the last projection of a block, such as ``down_proj``, whose output nothing else there needs, where the GPU
+    is the bottleneck. With fused kernels alone; modules that are not adapted are passed over."""
     offload_kept_outputs: bool = False
-    """Keep them in the host's memory: copied there and back while the GPU computes."""
+    """Keep them in the host's memory, pinned: copied there and back while the GPU computes."""
     targets: list[str] | str = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
     exclude: list[str] | str = field(default_factory=list)
     """Modules that neither kind of targets ever means, for example those of a vision tower."""
@@ -77,6 +78,8 @@ class AdapterConfig:
             refuse("exclude", "a list of names or one regular expression", "Write [name] for a plain name.")
         if self.magnitude_targets and self.kind != "dora":
             refuse("magnitude_targets", "empty unless adapter.kind is dora", "Remove them or set adapter.kind: dora.")
+        if self.offload_kept_outputs and not self.kept_outputs:
+            refuse("offload_kept_outputs", "false unless adapter.kept_outputs names modules", "Name them or remove it.")
         if self.kind in ("dora", "lora") and not (self.targets or self.magnitude_targets):
             refuse("targets", "non-empty", "Name the modules to adapt, for example [q_proj, v_proj].")
         if self.kind == "full" and not (self.targets or self.trainable):

@@ -66,9 +66,9 @@ def apply_adapters(model: nn.Module, config: AdapterConfig) -> AdapterReport:
         kept = {*_match(modules, config.kept_outputs, "kept_outputs", _is_linear)} & {*targets, *magnitudes}
         dtypes = {modules[name].weight.dtype for name in targets + magnitudes}
         kernels = kernel_choice(config.kernel, dtypes, config.dropout, config.dropout_mode)
-        if kept:
+        if config.kept_outputs:
             where = "on the GPU" if way == "keep" else "in the host's memory"
-            effect = f"; activation checkpointing keeps the outputs of {len(kept)} layers {where}"
+            effect = f"; where activations are checkpointed, the outputs of {len(kept)} layers are kept {where}"
             kernels += effect if kernels.startswith("fused") else "; so adapter.kept_outputs has no effect"
     model.requires_grad_(False)
 

@@ -84,6 +84,8 @@ def share_inputs(model: nn.Module) -> list[SharedInput]:
         by_input: dict[tuple, list[LoRALinear]] = {}
         for layer in parent.children():
             if isinstance(layer, LoRALinear) and layer.shared_input is None and layer.can_share():
-                by_input.setdefault((layer.in_features, layer.dropout, layer.kernel), []).append(layer)
+                by_input.setdefault((layer.in_features, layer.dropout, layer.kernel, layer.recomputation), []).append(
+                    layer
+                )
         groups += [SharedInput(layers) for layers in by_input.values() if len(layers) > 1]
     return groups

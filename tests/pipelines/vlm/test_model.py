@@ -317,5 +317,5 @@ def test_a_batch_without_image_tokens_runs_the_tower_and_is_text_alone(llava_fol
 
 
 def test_the_tower_stays_in_evaluation_mode(llava_folder):
-    model, _, _ = load(ModelSection(path=str(llava_folder)), gradient_checkpointing=True)
+    model, _, _ = load(ModelSection(path=str(llava_folder)))
     assert model.training and not model.model.vision_tower.training

@@ -13,11 +13,10 @@ from dora_core.adapters.kernels.dispatch import (
     row_norms,
     why_not_fused,
 )
-from dora_core.adapters.kernels.kept_outputs import CHECKPOINTING, Recomputation, keep_outputs
+from dora_core.adapters.kernels.kept_outputs import Recomputation, keep_outputs
 from dora_core.adapters.kernels.projection import Projection, Settings, Stack
 
 __all__ = [
-    "CHECKPOINTING",
     "Form",
     "Projection",
     "Recomputation",

@@ -65,10 +65,10 @@ def choose_dense(num_tokens: int, in_features: int, out_features: int, rank: int
     """Return whether a layer whose norm is differentiated should take all its gradients from dL/dW = dy^T x [out, in].
 
     ``dense`` forms the weight in both directions, takes one more product of the base's size, and goes over dL/dW twice
-    to have dm and dL/dV, whose products with A and B are small: five products of [out, in] and r, in the time of three
-    passes. The other forms have five products of [tokens, r] and a pass over the output in each direction, or over the
-    weight instead in the forward pass of a layer without a bias, a weight formed once, and five launches more. Pays off
-    in small layers. Layers without a bias were not timed.
+    to have dm and dL/dV, whose products with A and B are small: five products of [out, in] and r beside what three
+    passes take. The other forms have five products of [tokens, r] and a pass over the output in each direction, or over
+    the weight instead in the forward pass of a layer without a bias, a weight formed once, and five launches more. Pays
+    off in small layers. Layers without a bias were not timed.
     """
     num_elements = in_features * out_features
     weight = WEIGHT_US + _pass_us(num_elements, rank)

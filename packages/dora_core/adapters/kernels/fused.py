@@ -43,10 +43,10 @@ def fused_linears(x: Tensor, layers: Sequence[Projection] | Stack, dropout: floa
     mask for all; a ``Stack`` of x's type keeps what several calls need. The two ways of computing an output, see
     ``choose_form``, have their own error for half types: ``composed`` rounds the base product once more; ``merged``
     rounds the weight without bias, together up to twice the error of one rounding of y. Kept for the backward pass
-    beside x, or drop(x) in its place at large ranks: one [tokens, r] and, for the gradient of the magnitude, the output
-    itself, which nobody may write to unseen by torch, or one [tokens, out]. A dropout mask is drawn again from its
-    seed, a formed weight formed again. But x alone is kept in small layers whose norm is differentiated, which are
-    ``dense``, see ``choose_dense``.
+    beside x, or a drop(x) of their own in its place at large ranks: one [tokens, r] and, for the gradient of the
+    magnitude, the output itself, which nobody may write to unseen by torch, or one [tokens, out]. A dropout mask is
+    drawn again from its seed, a formed weight formed again. But x alone is kept in small layers whose norm is
+    differentiated, which are ``dense``, see ``choose_dense``.
     """
     seed = torch.randint(2**31, (1,), device=x.device) if dropout > 0 else None
     stack = layers if isinstance(layers, Stack) else Stack(layers, x.dtype)

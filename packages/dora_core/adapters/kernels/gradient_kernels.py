@@ -105,7 +105,7 @@ def token_pass_kernel(
     """
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_mask = columns < num_columns
-    k = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    k = tl.arange(0, BLOCK_R)
     rank_mask = k < RANK
     first = tl.program_id(1) * tokens_per_part
     right_ptr = part_ptr
@@ -136,7 +136,7 @@ def token_pass_kernel(
             x = tl.where(is_kept(seed_ptr, tokens, columns, threshold), x, 0.0)
         if GAINED:
             gained = (x.to(tl.float32) * g[None, :]).to(gained_ptr.dtype.element_ty)
-            tl.store(gained_ptr + place, gained, mask=mask & (tl.program_id(2) == 0))
+            tl.store(gained_ptr + place, gained, mask=mask)
         if DOT:
             kept = tl.load(kept_ptr + place, mask=mask, other=0.0)
             dots += x.to(tl.float32) * kept.to(tl.float32)
@@ -159,7 +159,7 @@ def token_pass_kernel(
         tl.store(
             dot_ptr + tl.program_id(1) * num_columns + columns,
             tl.sum(dots, 0),
-            mask=column_mask & (tl.program_id(2) == 0),
+            mask=column_mask,
         )
     if FINISH:  # noqa: SIM102  (a constant: without it the counter must not be touched)
         if comes_last(counter_ptr + tl.program_id(0), NUM_PARTS):

@@ -63,15 +63,13 @@ def _token_pass_launch(
     differentiated; ``dtypes`` are those of what was kept, of B, m and the weight product.
     """
     ((num_tokens, num_columns), strides, dtype), (shape, (hidden_stride, _), _) = x, hidden
-    rank = shape[1] if shape else 0
-    column_blocks, rank_blocks = cdiv(num_columns, 64), max(1, cdiv(rank, rank_block(rank)))
-    others = column_blocks * rank_blocks
-    num_programs = min(max(NUM_PROGRAMS // 2, 2 * others), MAX_PARTS * others)
-    parts, per_part = split(num_tokens, 64, others, num_programs)
+    rank, column_blocks = shape[1] if shape else 0, cdiv(num_columns, 64)
+    num_programs = min(max(NUM_PROGRAMS // 2, 2 * column_blocks), MAX_PARTS * column_blocks)
+    parts, per_part = split(num_tokens, 64, column_blocks, num_programs)
     has_magnitude, kept_is_output, full_norm = finish or (False, False, False)
     numbers = (num_tokens, num_columns, per_part, scale, dropout_threshold(dropout or 0.0), *strides, hidden_stride)
     launch = _token_pass_kernel.bind(
-        (column_blocks, parts, rank_blocks),
+        (column_blocks, parts, 1),
         numbers,
         RANK=rank,
         RIGHT=rank > 0,
@@ -199,4 +197,4 @@ dropped_gradient = register(
     _dropped_gradient,
     lambda x, u, seed, dropout: empty(x, u.shape[1], x.shape[1]),
 )
-"""u^T drop(x) [r, in] in fp32, with the mask of ``dropped_product``."""
+"""u^T drop(x) [r, in] in fp32, r at most 64, with the mask of ``dropped_product``."""

@@ -1,8 +1,9 @@
 """Outputs that activation checkpointing keeps: a layer's product that the recomputation then need not do again.
 
-A layer's output is recomputed for the gradient of its magnitude alone where nothing else in the block needs it, as the
-last projection of a transformer's block. ``torch.utils.checkpoint`` has such a choice too (selective checkpointing),
-by operator and with a Python call for each that a block runs; here it is a layer's own, and others run as they were.
+The last projection of a transformer's block is recomputed because a layer saves what its backward pass needs after it
+has computed, for the gradient of its magnitude at most; nothing else in the block needs its output.
+``torch.utils.checkpoint`` has such a choice too (selective checkpointing), by operator and with a Python call for each
+that a block runs; here it is a layer's own, and others run as they were.
 """
 
 from __future__ import annotations
@@ -109,9 +110,13 @@ class _Pass:
 
     def __enter__(self) -> None:
         self._outer, self._position = self.current(), 0
+        try:
+            for kept in [] if self._is_first else self._results:
+                kept.fetch()
+        except BaseException:  # no memory: who tries again with less must find nothing of this pass
+            self.__exit__()
+            raise
         self._of_thread.current = self
-        for kept in [] if self._is_first else self._results:
-            kept.fetch()
 
     def __exit__(self, *_: object) -> None:
         self._of_thread.current = self._outer
@@ -145,7 +150,3 @@ def compute_or_take(compute: Callable[[], Computed], how: Recomputation) -> Comp
     """Return what ``compute`` gives, or in the recomputation of a block of ``keep_outputs`` what it gave before."""
     current = _Pass.current()
     return compute() if current is None or how == "compute" else current.result(compute, how == "offload")
-
-
-CHECKPOINTING = {"use_reentrant": False, "context_fn": keep_outputs}
-"""What ``gradient_checkpointing_enable`` of a transformers model is to be given for ``adapter.kept_outputs``."""

@@ -14,7 +14,7 @@ from dora_core.adapters.kernels.weight_ops import effective_weight
 
 MAX_MASKED_RANK = 64
 """Up to this sum of ranks the mask of dropout is drawn within the low-rank products. Above, drop(x) is formed for
-cuBLAS, which is faster at large ranks by more than that takes."""
+cuBLAS, which is faster at large ranks by more than that takes: estimated from times at sums of 32 to 1152."""
 
 
 def flat(tensor: Tensor | None) -> Tensor | None:
@@ -56,7 +56,7 @@ def slices(hidden: Tensor | None, stack: Stack) -> Sequence[Tensor | None]:
 
 
 def gradient_of_hidden(stack: Stack, i: int, dy: Tensor, scale: float, *, is_gained: bool) -> Tensor:
-    """Return s (g dy) B [T, r] of a layer from g dy, or from dy itself; s is ``scale``."""
+    """Return ``scale`` (g dy) B [T, r] of a layer, from g dy or from dy itself: the gradient of what A gives."""
     p = stack.projections[i]
     if is_gained or p.magnitude is None:
         factor = stack.lora_B(i)

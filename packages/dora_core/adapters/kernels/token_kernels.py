@@ -94,7 +94,7 @@ def dropped_product_kernel(
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     token_mask = tokens < num_tokens
     wide_tokens = tokens.to(tl.int64)
-    k = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    k = tl.arange(0, BLOCK_R)
     first = tl.program_id(1) * columns_per_part
     total = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
     for start in range(first, tl.minimum(first + columns_per_part, num_columns), BLOCK_N):

@@ -127,17 +127,16 @@ def _dropped_product_launch(
     a_dtype: torch.dtype,
     dropout: float,
 ) -> tuple[int, Launch]:
-    block_r = rank_block(rank)
     block_n = 64 if torch.float32 in (dtype, a_dtype) else 128  # loads in flight fill the shared memory
-    token_blocks, rank_blocks = cdiv(num_tokens, 64), cdiv(rank, block_r)
-    parts, per_part = split(num_columns, block_n, token_blocks * rank_blocks, NUM_PROGRAMS)
+    token_blocks = cdiv(num_tokens, 64)
+    parts, per_part = split(num_columns, block_n, token_blocks, NUM_PROGRAMS)
     return parts, _dropped_product_kernel.bind(
-        (token_blocks, parts, rank_blocks),
+        (token_blocks, parts, 1),
         (num_tokens, num_columns, per_part, dropout_threshold(dropout), *strides),
         RANK=rank,
         BLOCK_T=64,
         BLOCK_N=block_n,
-        BLOCK_R=block_r,
+        BLOCK_R=rank_block(rank),
         **operand(dtype),
     )
 
@@ -158,7 +157,10 @@ dropped_product = register(
     _dropped_product,
     lambda x, lora_A, seed, dropout: empty(x, x.shape[0], lora_A.shape[0], dtype=x.dtype),
 )
-"""drop(x) A^T [T, r] for x [T, in] and A [r, in]. The mask follows from ``seed`` (int64, one element) and the place."""
+"""drop(x) A^T [T, r] for x [T, in] and A [r, in], r at most 64.
+
+The mask follows from ``seed`` (int64, one element) and the place.
+"""
 
 
 @lru_cache(MAX_KNOWN)

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dora_core.adapters import (
-    CHECKPOINTING,
     AdapterConfig,
     AdapterError,
     DoRALinear,
     LoRALinear,
     apply_adapters,
+    checkpoint_activations,
     reuse_norms,
 )
-from dora_core.adapters.kernels import forms, fused
+from dora_core.adapters.kernels import forms, fused, keep_outputs, kept_outputs
 from dora_core.testing.tiny import tiny_llama
 
 
@@ -47,7 +47,7 @@ def run(blocks: nn.ModuleList, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     torch.manual_seed(1)
     y = x
     for block in blocks:
-        y = checkpoint(block, y, **CHECKPOINTING)
+        y = checkpoint(block, y, use_reentrant=False, context_fn=keep_outputs)
     return y, list(torch.autograd.grad(y.square().sum(), [x, *(p for p in blocks.parameters() if p.requires_grad)]))
 
 
@@ -110,7 +110,7 @@ def test_outputs_live_until_their_block_is_done(device):
         block.down_proj.register_forward_hook(lambda _, __, y: kept.append(weakref.ref(y.untyped_storage())))
     y = x
     for block in blocks:
-        y = checkpoint(block, y, **CHECKPOINTING)
+        y = checkpoint(block, y, use_reentrant=False, context_fn=keep_outputs)
         y.register_hook(lambda _: alive_at_backward.append([ref() is not None for ref in kept[:2]]))
     y.sum().backward()
     assert alive_at_backward == [[True, True], [True, False]]
@@ -139,7 +139,7 @@ def test_a_graph_that_is_used_twice_and_blocks_within_blocks(way, device, comput
 
     def both(x: Tensor) -> Tensor:
         for block in blocks:
-            x = checkpoint(block, x, **CHECKPOINTING)
+            x = checkpoint(block, x, use_reentrant=False, context_fn=keep_outputs)
         return x
 
     expected = run(blocks, x)[1]
@@ -147,21 +147,60 @@ def test_a_graph_that_is_used_twice_and_blocks_within_blocks(way, device, comput
         block.down_proj.recomputation = way
     computed.clear()
     leaves = [x, *(p for p in blocks.parameters() if p.requires_grad)]
-    loss = checkpoint(both, x, **CHECKPOINTING).square().sum()
+    loss = checkpoint(both, x, use_reentrant=False, context_fn=keep_outputs).square().sum()
     for retain in (True, False):
         for one, other in zip(torch.autograd.grad(loss, leaves, retain_graph=retain), expected, strict=True):
             torch.testing.assert_close(one, other)
+    again = [24, 16, 24, 24]  # a block's first pass within the recomputation of both is a first pass
+    assert computed == [24, 16, 24, 16, *again, *again]
+
+
+def test_a_pass_that_cannot_begin_leaves_nothing_behind(device, monkeypatch):
+    blocks, x = build(device), x_for(device)
+    blocks[1].down_proj.recomputation = "keep"
+
+    def fail(self) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kept_outputs._Kept, "fetch", fail)
+        with pytest.raises(MemoryError):
+            run(blocks, x)
+    assert kept_outputs._Pass.current() is None
+
+
+def test_siblings_that_are_recomputed_otherwise_are_computed_apart(device, computed):
+    class Siblings(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in ("q_proj", "k_proj", "v_proj"):
+                self.add_module(name, DoRALinear(nn.Linear(16, 16, bias=False), 4, 8.0, kernel="fused"))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + sum(layer(x) for layer in self.children())
+
+    blocks, x = nn.ModuleList([Siblings()]).to(device), x_for(device)
+    blocks[0].q_proj.recomputation = "keep"
+    calls = []
+    with reuse_norms(blocks) as reuse:
+        for _ in range(3):
+            computed.clear()
+            run(blocks, x)
+            reuse.parameters_changed()
+            calls.append(len(computed))
+    assert calls == [5, 3, 3]  # k and v together from the second step on, and q once
 
 
 def adapted_llama(device: str, **options) -> nn.Module:
     torch.manual_seed(0)
     model = tiny_llama(vocab_size=64).to(device).train()
-    apply_adapters(model, AdapterConfig(rank=4, kernel="fused", **options))
+    config = AdapterConfig(rank=4, kernel="fused", **options)
+    apply_adapters(model, config)
     for layer in model.modules():
         if isinstance(layer, LoRALinear):
             nn.init.normal_(layer.lora_B, std=0.1)
             layer.invalidate()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
+    checkpoint_activations(model, config)
     return model
 
 
@@ -193,12 +232,23 @@ def test_adapted_layers_keep_what_their_recipe_names_and_the_report_says_how_man
 
     layers, report = kept()
     assert layers == [f"model.layers.{i}.mlp.down_proj: keep" for i in range(2)]
-    assert "keeps the outputs of 2 layers on the GPU" in report
+    assert "the outputs of 2 layers are kept on the GPU" in report
     layers, report = kept(
         targets=["q_proj"], magnitude_targets="model.layers.1.*(o|down)_proj", offload_kept_outputs=True
     )
     assert layers == [f"model.layers.1.{name}: offload" for name in ("self_attn.o_proj", "mlp.down_proj")]
-    assert "keeps the outputs of 2 layers in the host's memory" in report
+    assert "the outputs of 2 layers are kept in the host's memory" in report
     layers, report = kept(targets=["q_proj", "v_proj"])
-    assert not layers and "keeps" not in report
+    assert not layers and "the outputs of 0 layers" in report
     assert kept(kernel="plain")[1].endswith("plain, as adapter.kernel says; so adapter.kept_outputs has no effect")
+
+
+def test_checkpointing_that_keeps_nothing_can_be_compiled(device):
+    ids = torch.arange(12, device=device)[None]
+    gradients = []
+    for compiled in (False, True):
+        model = adapted_llama(device)
+        called = torch.compile(model, backend="aot_eager") if compiled else model
+        called(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append(model.model.layers[0].mlp.down_proj.magnitude.grad)
+    torch.testing.assert_close(*gradients)

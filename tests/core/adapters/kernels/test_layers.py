@@ -330,7 +330,7 @@ def test_which_layers_take_their_gradients_from_the_weights(device, monkeypatch)
     assert choose_dense(14000, 768, 768, 128, has_bias=True) and not choose_dense(14000, 4096, 4096, 128, has_bias=True)
 
 
-@pytest.mark.parametrize("max_masked_rank", [0, 96])  # drop(x) is formed, and is not
+@pytest.mark.parametrize("max_masked_rank", [0, 64])  # drop(x) is formed, and is not
 def test_dropout_drops_the_input_of_the_low_rank_path(max_masked_rank, device, monkeypatch):
     monkeypatch.setattr(low_rank, "MAX_MASKED_RANK", max_masked_rank)
     features, p = 64, 0.25
@@ -383,13 +383,13 @@ def test_elements_are_dropped_independently(device):
 def test_at_large_ranks_the_mask_is_the_same(norm_gradient, dtype, device, monkeypatch):
     torch.manual_seed(0)
     options = {"dropout": 0.3, "kernel": "fused", "norm_gradient": norm_gradient}
-    block = nn.ModuleList([DoRALinear(nn.Linear(70, 40), 50, 8.0, **options) for _ in range(3)]).to(device, dtype)
+    block = nn.ModuleList([DoRALinear(nn.Linear(70, 40), 20, 8.0, **options) for _ in range(3)]).to(device, dtype)
     for layer in block:
         nn.init.normal_(layer.lora_B, std=0.1)
     x = torch.randn(70, 36, device=device, dtype=dtype).t().requires_grad_()  # of any strides
     leaves = [x, *(p for p in block.parameters() if p.requires_grad)]
     results, kept = [], []
-    for max_masked_rank in (96, 150):
+    for max_masked_rank in (0, 64):
         monkeypatch.setattr(low_rank, "MAX_MASKED_RANK", max_masked_rank)
         torch.manual_seed(1)
         saved: list[torch.Tensor] = []
@@ -401,7 +401,7 @@ def test_at_large_ranks_the_mask_is_the_same(norm_gradient, dtype, device, monke
     assert kept == [1, 1]  # x, or drop(x) in its place
     for one, other in zip(*results, strict=True):
         difference = (one.double() - other.double()).norm() / other.double().norm()
-        assert difference < (1e-5 if dtype == torch.float32 else 5e-3)
+        assert difference < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
 def test_dropout_with_a_magnitude_is_the_plain_ones_on_average(device):
