@@ -148,5 +148,5 @@ def keep_outputs() -> tuple[_Pass, _Pass]:
 
 def compute_or_take(compute: Callable[[], Computed], how: Recomputation) -> Computed:
     """Return what ``compute`` gives, or in the recomputation of a block of ``keep_outputs`` what it gave before."""
-    current = _Pass.current()
-    return compute() if current is None or how == "compute" else current.result(compute, how == "offload")
+    current = None if how == "compute" else _Pass.current()
+    return compute() if current is None else current.result(compute, how == "offload")
