@@ -93,10 +93,10 @@ def test_pruning_never_counts_what_is_later_than_the_step_just_saved(store):
 
 def save_for_ever(folder: Path, started) -> None:
     store = CheckpointStore(folder)
-    started.set()
     for step in range(1, 10_000):
         write(store, step, size=50_000)
         store.prune(keep_last=2, keep_step=None, step=step)
+        started.set()  # from the first whole one on
 
 
 def test_kills_at_random_moments_never_leave_a_checkpoint_that_does_not_verify(tmp_path):
@@ -114,7 +114,7 @@ def test_kills_at_random_moments_never_leave_a_checkpoint_that_does_not_verify(t
         process.join()
         store = CheckpointStore(folder)
         num_temporary += len(list(folder.glob(".tmp-*")))
-        assert store.steps(), "the process was killed before it saved anything"
+        assert store.steps()
         newest = store.newest(lambda text: None)
         # only an old checkpoint may be half deleted, by pruning; the newest always verifies
         assert newest == store.steps()[-1]
