@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import training_runs  # noqa: F401  (it finds dora_core in this checkout)
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from dora_core.adapters import AdapterConfig, LoRALinear, apply_adapters, checkpoint_activations, reuse_norms
@@ -72,6 +73,32 @@ VARIANTS = {
     "ours-dora-dropout-kept": Variant(library="ours", dropout=0.05, kept_outputs=("down_proj",)),
     "ours-lora-dropout": Variant(library="ours", kind="lora", dropout=0.05),
 }
+
+
+def require_known(names: str, parser: argparse.ArgumentParser) -> None:
+    """End in ``parser``'s error unless all names, separated by commas, are in ``VARIANTS``."""
+    unknown = [name for name in names.split(",") if name not in VARIANTS]
+    if unknown:
+        parser.error(f"no such variants: {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
+
+
+def training_step(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return what does one step on input ids, which are the labels too, and returns the loss.
+
+    Forward, backward, AdamW (fused on CUDA; none without trained parameters) and ``zero_grad``.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda") if parameters else None
+
+    def step(input_ids: Tensor) -> Tensor:
+        loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
 
 
 def build_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -17,7 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapter_variants import DTYPES, TINY, VARIANTS, Shape, adapted, build_model, checkpointed, input_gradients
+from adapter_variants import (
+    DTYPES,
+    TINY,
+    VARIANTS,
+    Shape,
+    adapted,
+    build_model,
+    checkpointed,
+    input_gradients,
+    require_known,
+    training_step,
+)
 from measuring import RESULTS, Regime, figures_or_error, settings, time_steps, versions, write_json
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
@@ -52,15 +63,7 @@ def measure(model: PreTrainedModel, name: str, regime: Regime, device: torch.dev
         adapted(model, variant, regime.rank) as called,
         checkpointed(model, regime.checkpointing, variant.kept_outputs),
     ):
-        parameters = [parameter for parameter in called.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda") if parameters else None
-
-        def step() -> None:
-            called(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
-            if optimizer is not None:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-
+        step = partial(training_step(called, device), input_ids)
         milliseconds = time_steps(step, device, WARMUP, TIMED)
         activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
         with profile(activities=[activity]) as done:
@@ -95,9 +98,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     own = parser.parse_args(arguments)
     if own.tiny:
         own.regimes, own.dtype = "2x32-ckpt-r4", "float32"
-    unknown = [name for name in own.variants.split(",") if name not in VARIANTS]
-    if unknown:
-        parser.error(f"no such variants: {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
+    require_known(own.variants, parser)
     return own
 
 

@@ -34,6 +34,8 @@ from adapter_variants import (
     build_model,
     checkpointed,
     input_gradients,
+    require_known,
+    training_step,
 )
 from measuring import RESULTS, Memory, Regime, figures_or_error, settings, table, time_steps, versions, write_json
 from step_time_plot import plot
@@ -103,15 +105,10 @@ def measure(
     ):
         parameters = [parameter for parameter in called.parameters() if parameter.requires_grad]
         memory = Memory(device)
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda") if parameters else None
+        train = training_step(called, device)
 
         def step(input_ids: torch.Tensor = input_ids) -> None:
-            loss = called(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-            loss.backward()
-            losses.append(loss.detach())
-            if optimizer is not None:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            losses.append(train(input_ids))
 
         (one,) = time_steps(step, device, own.warmup, 1)
         num_steps = max(own.repeats, min(MAX_STEPS, int(own.seconds * 1e3 / one)))
@@ -199,9 +196,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     own = parser.parse_args(arguments)
     if own.tiny:
         vars(own).update(vars(TINY), warmup=1, repeats=2, seconds=0.0, regimes="2x32-ckpt-r4,1x16-r8", dtype="float32")
-    unknown = [name for name in own.variants.split(",") if name not in VARIANTS]
-    if unknown:
-        parser.error(f"no such variants: {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
+    require_known(own.variants, parser)
     return own
 
 

@@ -84,8 +84,7 @@ def share_inputs(model: nn.Module) -> list[SharedInput]:
         by_input: dict[tuple, list[LoRALinear]] = {}
         for layer in parent.children():
             if isinstance(layer, LoRALinear) and layer.shared_input is None and layer.can_share():
-                by_input.setdefault((layer.in_features, layer.dropout, layer.kernel, layer.recomputation), []).append(
-                    layer
-                )
+                key = (layer.in_features, layer.dropout, layer.kernel, layer.recomputation)
+                by_input.setdefault(key, []).append(layer)
         groups += [SharedInput(layers) for layers in by_input.values() if len(layers) > 1]
     return groups
