@@ -40,7 +40,8 @@ def train(cfg: LLMConfig) -> None:
     with Run.start(cfg) as run:
         zero = resolve_zero(cfg.deepspeed, cfg.train, run.world)
         tokenizer = load_tokenizer(cfg.model)
-        rows, validation, data_report = load_training_data(cfg.data, tokenizer, cfg.run.seed)
+        rows, validation, data_report = run.world.agree(lambda: load_training_data(cfg.data, tokenizer, cfg.run.seed))
+        run.world.require_same("training data", data_report.dataset_hash)
         run.say(data_report)
         items = make_items(rows, cfg.data, cfg.run.seed)
         validation = make_items(validation, cfg.data, cfg.run.seed)

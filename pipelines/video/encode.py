@@ -26,6 +26,8 @@ class TextEncoder:
     tokenizer: PreTrainedTokenizerBase
     task_prompts: bool = True
     reference_truncation: bool = False
+    num_positions: int | None = None
+    """Tokens that the model takes at most, however long a task's texts may be; None knows no such limit."""
 
     def text(self, example: Example, max_length: int | None) -> tuple[list[int], bool]:
         """Return the ids of the example's text, at most ``max_length``, and whether it was cut.
@@ -33,6 +35,7 @@ class TextEncoder:
         ``cuttable`` loses its last tokens; what stands before and after it is kept whole. With ``reference_truncation``
         the text is cut from its end. Raises ``RecordError`` if the rest alone is too long.
         """
+        asked, max_length = max_length, self._limit(max_length)
         before = example.before if self.task_prompts or not _is_prompt(example.before) else ""
         text = before + example.cuttable + example.after
         encoding = self.tokenizer(text, return_offsets_mapping=True, truncation=False, verbose=False)
@@ -45,19 +48,24 @@ class TextEncoder:
         start, stop = len(before), len(before) + len(example.cuttable)
         inside = [place for place, (begin, end) in enumerate(spans) if start <= begin < end <= stop]
         if len(inside) < surplus:
+            remedy = "Raise max_text_length of its task, or remove" if max_length == asked else "Shorten or remove"
             raise RecordError(
                 f"The text of {example.id} has {len(ids)} tokens, of which {len(inside)} may be cut; at most "
-                f"{max_length} are allowed. Raise max_text_length of its task, or remove the row."
+                f"{max_length} are allowed. {remedy} the row."
             )
         dropped = set(inside[len(inside) - surplus :])
         return [token for place, token in enumerate(ids) if place not in dropped], True
 
     def target(self, text: str, max_length: int | None) -> list[int]:
         """Return the ids of a target, at most ``max_length``; the last token, which ends texts, stays."""
+        max_length = self._limit(max_length)
         ids = list(self.tokenizer(text, truncation=False, verbose=False)["input_ids"])
         if max_length is not None and len(ids) > max_length:
             ids = [*ids[: max_length - 1], ids[-1]]
         return ids
+
+    def _limit(self, max_length: int | None) -> int | None:
+        return min((limit for limit in (max_length, self.num_positions) if limit is not None), default=None)
 
 
 def _is_prompt(before: str) -> bool:

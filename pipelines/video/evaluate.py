@@ -24,7 +24,7 @@ from pipelines.video.data import the_tasks
 from pipelines.video.encode import TextEncoder
 from pipelines.video.features import FrozenEncoder
 from pipelines.video.looking import Look, open_look
-from pipelines.video.model import load_tokenizer, load_vl_bart
+from pipelines.video.model import load_tokenizer, load_vl_bart, text_encoder
 
 COLUMNS = ("name", "metric", "value", "stderr", "n", "majority", "num_unparsed")
 
@@ -153,7 +153,7 @@ def evaluate(cfg: VideoConfig, world: World, adapter: Path | None, output: Path)
     tokenizer = load_tokenizer(cfg.model)
     model = load_vl_bart(cfg.model, tokenizer, look.dim, cfg.train.precision)
     model = ready_to_answer(model, adapter, cfg.train.precision, world.device)
-    text = TextEncoder(tokenizer, cfg.data.task_prompts, cfg.data.reference_truncation)
+    text = text_encoder(cfg, tokenizer)
     answering = Answering(text, look, encoder, {task.name: task for task in the_tasks(cfg.data)})
     with reuse_norms(model) if adapter else torch.no_grad():
         evaluate_model(model, answering, cfg.evaluate, cfg.data, output)

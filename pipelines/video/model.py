@@ -14,8 +14,8 @@ from dora_core.engine import pretrained
 from dora_core.engine.build import DTYPES, Engine
 from dora_core.engine.loss import summed_cross_entropy
 from dora_core.engine.zero import Zero
-from pipelines.video.config import ModelSection
-from pipelines.video.encode import EXTRA_TOKENS, NUM_VISUAL_TOKENS, add_extra_tokens
+from pipelines.video.config import ModelSection, VideoConfig
+from pipelines.video.encode import EXTRA_TOKENS, NUM_VISUAL_TOKENS, TextEncoder, add_extra_tokens
 from pipelines.video.vl_bart import VLBart
 
 _SEED = 9595
@@ -35,6 +35,12 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         "Give the tokenizer of a BART.",
     )
     return tokenizer
+
+
+def text_encoder(cfg: VideoConfig, tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
+    """Return what makes tokens of a recipe's texts, no more than its BART has positions; raises ``ConfigError``."""
+    limit = _bart_config(cfg.model.path).max_position_embeddings
+    return TextEncoder(tokenizer, cfg.data.task_prompts, cfg.data.reference_truncation, limit)
 
 
 def load_vl_bart(
@@ -80,25 +86,26 @@ def decoder_start(config: BartConfig) -> int:
 
 def visual_dim_of(path: str) -> int | None:
     """Return the size of features that a saved VL-BART takes; None for a BART. Raises ``ConfigError``."""
+    return getattr(_bart_config(path), "visual_dim", None)
+
+
+def _bart_config(path: str) -> BartConfig:
     try:
-        return PreTrainedConfig.get_config_dict(path)[0].get("visual_dim")
+        raw = PreTrainedConfig.get_config_dict(path)[0]
+        require(
+            raw.get("model_type") == "bart",
+            "model.path",
+            path,
+            f"a BART; this one is a {raw.get('model_type')!r}",
+            "Give for example facebook/bart-base.",
+        )
+        return BartConfig.from_pretrained(path)
     except OSError as error:
         raise ConfigError(pretrained.not_found("model", path, error)) from None
 
 
 def _config(section: ModelSection, visual_dim: int) -> BartConfig:
-    try:
-        raw = PreTrainedConfig.get_config_dict(section.path)[0]
-        require(
-            raw.get("model_type") == "bart",
-            "model.path",
-            section.path,
-            f"a BART; this one is a {raw.get('model_type')!r}",
-            "Give for example facebook/bart-base.",
-        )
-        config = BartConfig.from_pretrained(section.path)
-    except OSError as error:
-        raise ConfigError(pretrained.not_found("model", section.path, error)) from None
+    config = _bart_config(section.path)
     known = getattr(config, "visual_dim", visual_dim)
     require(
         known == visual_dim,

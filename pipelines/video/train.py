@@ -31,12 +31,11 @@ from dora_core.training.validation import sum_over_rows
 from pipelines.video.batches import Batch, Collate, to_model
 from pipelines.video.config import RECIPES, VideoConfig
 from pipelines.video.data import TaskData, TaskRows, collections_of, load_data, probe, report_on
-from pipelines.video.encode import TextEncoder
 from pipelines.video.evaluate import evaluate_in_run, with_scored_collections
 from pipelines.video.export import export
 from pipelines.video.features import FrozenEncoder
 from pipelines.video.looking import open_look
-from pipelines.video.model import decoder_start, load_tokenizer, load_vl_bart, weighted_loss
+from pipelines.video.model import decoder_start, load_tokenizer, load_vl_bart, text_encoder, weighted_loss
 from pipelines.video.plan import TaskPlan
 
 COUNTS = ("num_frames", "num_rows", "num_bad", "num_truncated")
@@ -48,7 +47,7 @@ def train(cfg: VideoConfig) -> None:
         world, device = run.world, run.world.device
         zero = resolve_zero(cfg.deepspeed, cfg.train, world)
         tokenizer = load_tokenizer(cfg.model)
-        text = TextEncoder(tokenizer, cfg.data.task_prompts, cfg.data.reference_truncation)
+        text = text_encoder(cfg, tokenizer)
         train_data, held = world.agree(lambda: load_data(cfg.data, cfg.run.seed))
         shown = collections_of([*train_data, *held])
         look, encoder = world.agree(lambda: open_look(cfg.data.visual, cfg.data.path, shown, device))

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dora_core.cli import main as dora
+from dora_core.engine.distributed import RankFailureError
 from dora_core.evaluation.results import read_results
 from dora_core.testing.contracts import train_tiny
 from dora_core.testing.ranks import run_on_ranks
@@ -48,6 +49,25 @@ def test_scores_after_training_are_the_same_under_zero_3_and_on_one_rank(folder,
         assert metrics["llm/boolq"].n == 5
         assert metrics["llm/average"].stderr >= 0
         assert (after / "accuracy.png").stat().st_size > 0
+
+
+def train_on_rows_of_the_rank(world, folder, paths):
+    """Train with the rows at ``paths[rank]``; return how it failed."""
+    overrides = {**SHORT, "data.train": f"[{paths[world.rank]}]"}
+    with pytest.raises(RankFailureError) as failure:
+        train_tiny(world, "llm", folder, "unequal", overrides)
+    return str(failure.value)
+
+
+@pytest.mark.parametrize(
+    "rows, said", [("other.json", "Rank 1 has other training data than rank 0"), ("missing.json", "rank 1: ")]
+)
+def test_a_rank_without_the_others_rows_ends_the_run_on_all(folder, rows, said):
+    (folder / "other.json").write_text(json.dumps([{"instruction": "say hello", "output": "hello"}] * 400))
+    train_file = folder / "data" / "world" / "commonsense_mix.json"
+    failures = run_on_ranks(train_on_rows_of_the_rank, 2, folder, [train_file, folder / rows])
+    assert all(said in failure for failure in failures), failures
+    assert rows == "other.json" or all("missing.json" in failure for failure in failures)
 
 
 def test_packing_trains_on_every_row_in_fewer_steps(folder):

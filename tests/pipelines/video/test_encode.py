@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.video.config import ModelSection
+from dora_core.config import load_config
+from pipelines.video.config import RECIPES, ModelSection, VideoConfig
 from pipelines.video.encode import EXTRA_TOKENS, TextEncoder
-from pipelines.video.model import load_tokenizer
+from pipelines.video.model import load_tokenizer, text_encoder
 from pipelines.video.task import Example, RecordError
 
 AFTER = " [Q] what colour is it [TS] (0.5-2.25) [Choices] a0: red. a1: blue. tvqa: "
@@ -63,6 +64,19 @@ def test_a_long_target_keeps_its_end(tokenizer):
     whole = TextEncoder(tokenizer).target("something blue moves a green thing", None)
     assert whole[-1] == tokenizer.eos_token_id
     assert TextEncoder(tokenizer).target("something blue moves a green thing", 4) == [*whole[:3], whole[-1]]
+
+
+def test_nothing_is_longer_than_the_model_has_positions(tokenizer, dataset):
+    config = load_config(VideoConfig, "tiny", ["--model.path", str(dataset / "model")], recipes=RECIPES)
+    assert text_encoder(config, tokenizer).num_positions == 256
+    limited = TextEncoder(tokenizer, num_positions=90)
+    for asked in (None, 150):
+        ids, cut = limited.text(example("hello there it is red" * 200), asked)
+        assert cut and len(ids) == 90 and words(tokenizer, ids).endswith(AFTER + "</s>")
+        assert len(limited.target("something blue moves a green thing" * 200, asked)) == 90
+    assert len(limited.text(example("hello there it is red" * 200), 60)[0]) == 60
+    with pytest.raises(RecordError, match="Shorten or remove the row"):
+        limited.text(example("hello", AFTER * 10), None)
 
 
 def test_the_vocabulary_grows_by_two_hundred_once(tokenizer, dataset, tmp_path):
