@@ -21,8 +21,6 @@ import torch
 from torch import Tensor
 from training_runs import environment
 
-from dora_core.training.environment import processor_name
-
 GIB = 1 << 30
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -124,7 +122,7 @@ def versions() -> dict[str, Any]:
     """Return hardware and versions, those of peers and compilers included."""
     found: dict[str, Any] = environment()
     if not torch.cuda.is_available():
-        found |= {"hardware": processor_name(), "num_threads": torch.get_num_threads()}
+        found["num_threads"] = torch.get_num_threads()
     for package in ("peft", "triton"):
         try:
             found[package] = version(package)

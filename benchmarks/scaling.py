@@ -125,7 +125,7 @@ def speed(
 
 
 def losses(own: argparse.Namespace, rows: list[dict[str, Any]], llama: Path) -> Iterator[dict[str, Any]]:
-    """Yield, for each way to split the same steps that is not in ``rows``, how far its losses are from one GPU's."""
+    """Yield, for each way to split the same steps that is not in ``rows``, how far its losses are from one rank's."""
     small = own.output / "llama-small"
     if not (small / "config.json").is_file():
         write_small(llama, small)
@@ -145,8 +145,8 @@ def losses(own: argparse.Namespace, rows: list[dict[str, Any]], llama: Path) -> 
         "run.deterministic": "true",
     }
     most = max(own.counts)
-    ways = [("1 GPU", 1, batch_size, {}), ("1 GPU, other micro-batches", 1, batch_size // 4, {})]
-    ways += [(f"{count} GPUs, {zero}", count, batch_size // count, {"deepspeed.config": zero})
+    ways = [("1 rank", 1, batch_size, {}), ("1 rank, other micro-batches", 1, batch_size // 4, {})]
+    ways += [(f"{count} ranks, {zero}", count, batch_size // count, {"deepspeed.config": zero})
              for count in own.counts if count > 1 for zero in ("zero2", "zero3")]  # fmt: skip
     known: dict[str, list[float]] = {row["way"]: row["losses"] for row in rows}
     for title, count, micro, more in ways:
@@ -156,9 +156,9 @@ def losses(own: argparse.Namespace, rows: list[dict[str, Any]], llama: Path) -> 
         overrides = {**base, "train.micro_batch_size": micro, **more}
         figures = run_recipe("llm", "llama_7b_dora_r32", overrides, own.output, name, 1, count)
         yield compared(own.output / name, title, known, figures)
-    title = f"{most} GPUs, then {most // 2}"
+    title = f"{most} ranks, then {most // 2}"
     if most > 1 and title not in known:  # the first half of a run on all, the second on half of them
-        name = f"{most}-GPUs-zero2"
+        name = f"{most}-ranks-zero2"
         store = own.output / name / "checkpoints"
         for path in sorted(store.glob("step-*"))[1:]:
             path.rename(path.with_name(f"later-{path.name}"))

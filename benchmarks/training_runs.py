@@ -16,6 +16,7 @@ sys.path[:0] = [str(ROOT / "packages"), str(ROOT)]
 
 import torch
 
+from dora_core.training.environment import processor_name
 from dora_core.training.launcher import launch, launch_command
 from dora_core.training.metrics import read_metrics
 
@@ -67,6 +68,7 @@ def run_recipe(
         values = [row[key] for row in steady if key in row]
         if values:
             figures |= {key: statistics.median(values), f"{key}_iqr": iqr(values)}
+    figures["step_times_s"] = [row["step_time_s"] for row in steady]  # runs on the same rows compare step by step
     figures["data_wait"] = statistics.median(row["data_wait"] for row in steady)
     figures["largest_data_wait"] = max(row["data_wait"] for row in steady)
     figures["peak_gib"] = max(row.get("peak_gib", 0.0) for row in rows)
@@ -78,9 +80,8 @@ def environment() -> dict:
     import deepspeed
     import transformers
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
-        "hardware": gpu,
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name(),
         "num_gpus": torch.cuda.device_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,

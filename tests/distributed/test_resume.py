@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cases import make_engine, progress_at, train_steps
 
 from dora_core.engine.state import gather_state
+from dora_core.testing.limits import limited_file_size
 from dora_core.testing.ranks import RankError, run_on_ranks
 from dora_core.training.checkpoint import CheckpointError, CheckpointStore
 
@@ -124,16 +123,11 @@ def save_on_a_full_disk(world, model, folder):
     store = CheckpointStore(Path(folder))
     engine = make_engine(world, model, {"stage": 2})
     store.save(engine, progress_at(1))
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-        store.save(engine, progress_at(2))
+        with limited_file_size(2000):
+            store.save(engine, progress_at(2))
     except CheckpointError as error:
         return str(error)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
     return "saved"
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -88,10 +90,23 @@ def save_adapter(model: nn.Module, config: AdapterConfig, folder: str | Path, ba
             "norm_gradient": config.norm_gradient,
             "dropout_mode": config.dropout_mode,
         }
-        save_file(state, folder / WEIGHTS_FILE, {"format": "pt", METADATA_KEY: json.dumps(own)})
+        write_tensors(state, folder / WEIGHTS_FILE, {METADATA_KEY: json.dumps(own)})
         text = json.dumps(peft_config(model, config, base_model), indent=2)
         (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     return folder
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file. Raises ``OSError`` if it cannot be written; the file that was there is whole then."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        save_file(dict(tensors), temporary, {"format": "pt", **(metadata or {})})
+        temporary.replace(path)
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"{path} could not be written ({error}). Make room or check permissions, then write it again."
+        ) from None
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> tuple[AdapterConfig, AdapterReport | None]:

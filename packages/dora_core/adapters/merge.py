@@ -21,10 +21,14 @@ class MergeReport:
     num_layers: int
     max_logit_difference: float | None
     """Largest absolute difference of the model's output on the probe; None if there was no probe."""
+    max_logit: float | None
+    """Largest absolute value of that output, to compare the difference with."""
 
     def __str__(self) -> str:
-        difference = "not measured" if self.max_logit_difference is None else f"{self.max_logit_difference:.3g}"
-        return f"{self.num_layers} layers, maximum logit difference {difference}"
+        if self.max_logit_difference is None:
+            return f"{self.num_layers} layers, maximum logit difference not measured"
+        of = f"{self.max_logit_difference:.3g} of logits up to {self.max_logit:.3g}"
+        return f"{self.num_layers} layers, maximum logit difference {of}"
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -77,8 +81,10 @@ def _change(model: nn.Module, probe: Mapping[str, Any] | None, steps: list[Calla
     for step in steps:
         step()
     after = _output(model, probe)
-    difference = None if before is None else float((before.double() - after.double()).abs().max())
-    return MergeReport(len(steps), difference)
+    if before is None:
+        return MergeReport(len(steps), None, None)
+    before = before.double()
+    return MergeReport(len(steps), float((before - after.double()).abs().max()), float(before.abs().max()))
 
 
 @torch.no_grad()

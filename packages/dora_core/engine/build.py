@@ -106,8 +106,9 @@ class Engine:
 
     def _end_step_unsharded(self) -> tuple[Tensor, bool]:
         parameters = [p for p in self.module.parameters() if p.grad is not None]
-        for parameter in parameters:
-            parameter.grad.div_(self.loss_scale.value)
+        if self.train.precision == "fp16":
+            for parameter in parameters:
+                parameter.grad.div_(self.loss_scale.value)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         applied = bool(torch.isfinite(norm))
         if not applied:
@@ -145,6 +146,8 @@ def build_engine(model: nn.Module, groups: list[dict], train: TrainSection, zero
         model.to(world.device)
     optimizer = make_optimizer(groups, train)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero.config, dist_init_required=False)
+    if zero.stage == 0 and world.size == 1:
+        engine.enable_backward_allreduce = False  # it would copy every gradient into a bucket and back
     scale = LossScale(2.0**16) if train.precision == "fp16" else LossScale()
     return Engine(engine, train, world, zero.stage, zero.config["gradient_accumulation_steps"], scale)
 

@@ -3,77 +3,140 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from dora_core.adapters import load_adapter, merge_and_unload
-from dora_core.adapters.sharded import gathered
+from dora_core.adapters.checkpoint import write_tensors
+from dora_core.adapters.sharded import full_numel, gathered
 from dora_core.engine.build import DTYPES, narrow_forward
+from dora_core.engine.distributed import World
 
 MAX_SHARD_BYTES = 4 << 30
+_WEIGHTS = "model*.safetensors*"
 
 
 def save_model(model: PreTrainedModel, folder: str | Path, precision: str) -> Path:
     """Write weights (in ``precision``), config and generation config to ``folder`` and return it.
 
     Every rank must call it; rank 0 writes and holds at most one shard. The model must be free of adapters:
-    ``merge_and_unload`` first. Tied weights are written once.
+    ``merge_and_unload`` first. Tied weights are written once. Raises ``ValueError`` on every rank if there is no room,
+    or if a file cannot be written, which leaves no weights behind.
     """
     folder = Path(folder)
+    require_room(model, folder, precision)
     main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    shards: list[list[str]] = []
-    held: dict[str, Tensor] = {}
-    num_bytes = total = 0
-    if main:
+    shards = _Shards(folder)
+    for name, tensor in _tensors(model).items():
+        with gathered([tensor]):
+            if main:
+                shards.add(name, tensor.detach().to("cpu", _dtype(tensor, precision), copy=True).contiguous())
+
+    def finish() -> None:
+        shards.finish()
+        config = model.config.__class__.from_dict(model.config.to_dict())
+        config.dtype = DTYPES[precision]
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(folder)
+        if model.can_generate() and model.generation_config is not None:
+            save_generation_config(model.generation_config, folder)
+
+    _on_main(finish)
+    return folder
+
+
+def require_room(model: PreTrainedModel, folder: Path, precision: str) -> None:
+    """Raise ``ValueError`` unless the model's weights fit on the disk of ``folder``, which is made if need be.
+
+    Every rank must call it; the weights that ``save_model`` would replace count as room.
+    """
+
+    def check() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("model*.safetensors*"):  # an old single file would be read before new shards
+        tensors = _tensors(model).values()
+        needed = sum(full_numel(tensor) * _dtype(tensor, precision).itemsize for tensor in tensors)
+        room = shutil.disk_usage(folder).free + sum(old.stat().st_size for old in folder.glob(_WEIGHTS))
+        if needed > room:
+            raise ValueError(
+                f"The weights in {precision} take {needed / 2**30:.1f} GiB, and {folder} has room for "
+                f"{room / 2**30:.1f} GiB. Make room, or choose a folder on another disk."
+            )
+
+    _on_main(check)
+
+
+class _Shards:
+    """Files of a model's weights, each of at most ``MAX_SHARD_BYTES``; after a failure ``add`` does nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._names: list[list[str]] = []
+        self._held: dict[str, Tensor] = {}
+        self._held_bytes = self._num_bytes = 0
+        self._problem: OSError | None = None
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Take one more tensor, and write what was held if it would become too much."""
+        size = value.numel() * value.element_size()
+        if self._held_bytes + size > MAX_SHARD_BYTES:
+            self._flush()
+        if self._problem is None:
+            self._held[name] = value
+            self._held_bytes += size
+            self._num_bytes += size
+
+    def finish(self) -> None:
+        """Write the rest and the index. Raises ``OSError`` for what could not be written."""
+        self._flush()
+        if self._problem is not None:
+            self._remove()
+            raise self._problem
+        index: dict[str, str] = {}
+        for number, names in enumerate(self._names):
+            final = "model.safetensors" if len(self._names) == 1 else _name(number, len(self._names))
+            (self._folder / _name(number, 0)).rename(self._folder / final)
+            index |= dict.fromkeys(names, final)
+        if len(self._names) > 1:
+            text = json.dumps({"metadata": {"total_size": self._num_bytes}, "weight_map": index}, indent=2)
+            (self._folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+    def _flush(self) -> None:
+        if self._held and self._problem is None:
+            if not self._names:
+                self._remove()  # an old single file would be read before new shards
+            try:
+                write_tensors(self._held, self._folder / _name(len(self._names), 0))
+                self._names.append(list(self._held))
+            except OSError as error:  # the other ranks are on their way to the next tensor
+                self._problem = error
+        self._held, self._held_bytes = {}, 0
+
+    def _remove(self) -> None:
+        for old in self._folder.glob(_WEIGHTS):
             old.unlink()
 
-    def flush() -> None:
-        nonlocal held, num_bytes
-        if held:
-            save_file(held, folder / _name(len(shards), 0), {"format": "pt"})
-            shards.append(list(held))
-            held, num_bytes = {}, 0
 
+def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     persistent = set(model.state_dict())
-    tensors = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in persistent)]
-    for name, tensor in tensors:
-        with gathered([tensor]):
-            if not main:
-                continue
-            dtype = DTYPES[precision] if tensor.is_floating_point() else tensor.dtype
-            value = tensor.detach().to("cpu", dtype, copy=True).contiguous()
-        size = value.numel() * value.element_size()
-        if num_bytes + size > MAX_SHARD_BYTES:
-            flush()
-        held[name] = value
-        num_bytes += size
-        total += size
-    if not main:
-        return folder
-    flush()
-    index: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        final = "model.safetensors" if len(shards) == 1 else _name(number, len(shards))
-        (folder / _name(number, 0)).rename(folder / final)
-        index |= dict.fromkeys(names, final)
-    if len(shards) > 1:
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
-        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    config = model.config.__class__.from_dict(model.config.to_dict())
-    config.dtype = DTYPES[precision]
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
-    if model.can_generate() and model.generation_config is not None:
-        save_generation_config(model.generation_config, folder)
-    return folder
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    return {**dict(model.named_parameters()), **buffers}
+
+
+def _dtype(tensor: Tensor, precision: str) -> torch.dtype:
+    return DTYPES[precision] if tensor.is_floating_point() else tensor.dtype
+
+
+def _on_main(work: Callable[[], None]) -> None:
+    if torch.distributed.is_initialized():
+        World.start().on_main(work)
+    else:
+        work()
 
 
 def merge_to_folder(
@@ -83,6 +146,7 @@ def merge_to_folder(
 
     ``probe``, as of ``merge_and_unload``, is what logits are compared on.
     """
+    require_room(model, output, precision)  # before the work
     model.eval()
     _, report = load_adapter(model, adapter)
     narrow_forward(model, precision, "cpu")

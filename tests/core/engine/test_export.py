@@ -1,0 +1,83 @@
+"""Whole models on disk: in shards that transformers reads, and what happens where there is no room."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from dora_core.adapters import AdapterConfig, apply_adapters, save_adapter
+from dora_core.adapters.checkpoint import write_tensors
+from dora_core.engine import export
+from dora_core.engine.export import merge_to_folder, save_model
+from dora_core.testing.limits import limited_file_size
+from dora_core.testing.ranks import run_on_ranks
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+LIMIT = 40_000
+"""Bytes of a shard here: the model is 75 kB in fp32."""
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, **SIZES))
+
+
+def test_shards_are_read_by_transformers_and_replace_an_older_model(tmp_path, monkeypatch):
+    model = llama()
+    save_model(model, tmp_path, "fp32")
+    assert (tmp_path / "model.safetensors").is_file()
+    monkeypatch.setattr(export, "MAX_SHARD_BYTES", LIMIT)
+    save_model(model, tmp_path, "bf16")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert [shard.name for shard in shards] == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    assert all(shard.stat().st_size < LIMIT + 5_000 for shard in shards)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    assert again.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor.bfloat16(), again[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_without_room_is_refused_before_it_is_merged_and_replaces_nothing(tmp_path, monkeypatch):
+    model, config = llama(), AdapterConfig(rank=4, targets=["q_proj"])
+    apply_adapters(model, config)
+    save_adapter(model, config, tmp_path / "adapter")
+    save_model(llama(), tmp_path / "merged", "fp32")
+    old = (tmp_path / "merged" / "model.safetensors").read_bytes()
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, 0))
+    with pytest.raises(ValueError, match=r"weights in bf16 take 0\.0 GiB, and .*elsewhere has room for 0\.0 GiB"):
+        merge_to_folder(llama(), tmp_path / "adapter", tmp_path / "elsewhere", "bf16")
+    assert not list((tmp_path / "elsewhere").iterdir())
+    merge_to_folder(llama(), tmp_path / "adapter", tmp_path / "merged", "fp32")  # as large as what it replaces
+    assert (tmp_path / "merged" / "model.safetensors").read_bytes() == old  # the adapter was fresh
+
+
+def save_on_a_full_disk(world, folder):
+    """Save a model whose second shard cannot be written; return what was said."""
+    export.MAX_SHARD_BYTES, usual = LIMIT, export.MAX_SHARD_BYTES
+    try:
+        with limited_file_size(20_000):
+            save_model(llama().bfloat16(), folder, "fp32")
+    except ValueError as error:
+        return str(error)
+    finally:
+        export.MAX_SHARD_BYTES = usual
+    return "saved"
+
+
+def test_a_file_that_cannot_be_written_is_one_error_on_every_rank_and_leaves_no_weights(tmp_path):
+    for said in run_on_ranks(save_on_a_full_disk, 2, tmp_path):
+        assert "rank 0: " in said and "of-00000.safetensors could not be written" in said and "Make room" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_that_cannot_be_written_leave_the_old_file(tmp_path):
+    file = tmp_path / "adapter_model.safetensors"
+    write_tensors({"a": torch.ones(4)}, file)
+    with limited_file_size(2_000), pytest.raises(OSError, match="could not be written"):
+        write_tensors({"a": torch.ones(4_000)}, file)
+    assert torch.equal(load_file(file)["a"], torch.ones(4)) and len(list(tmp_path.iterdir())) == 1
