@@ -3,11 +3,12 @@
     python benchmarks/scaling.py --rows data/commonsense --output runs/scaling [--counts 1,2,4,8] [--parts speed,losses]
 
 ``speed``: ``llama_7b_dora_r32`` and ``llava15_7b_dora_r128`` in random bf16 weights under ZeRO-2 and ZeRO-3 with the
-same rows per GPU: tokens/s per GPU, the efficiency against one GPU, peak GiB, and the shares of three profiled steps in
-which NCCL runs at all and alone. ``losses``: the LLaMA shape in few layers and fp32, the same global batch on each
-number of GPUs, against one GPU with another micro-batch (rounding alone); and a run that goes on from its checkpoint on
-half as many GPUs. Writes ``scaling.json`` after each run, and ``scaling.png``; called again with other shapes,
-stages or numbers of GPUs, it measures what is missing there. ``--shape tiny`` tries it on CPU ranks.
+same tokens per GPU (packs; one conversation with many pictures): tokens/s per GPU, the efficiency against one GPU, peak
+GiB, and the shares of three profiled steps in which NCCL runs at all and alone. ``losses``: the LLaMA shape in few
+layers and fp32, the same global batch on each number of GPUs, against one GPU with another micro-batch (rounding
+alone); and a run that goes on from its checkpoint on half as many GPUs. Writes ``scaling.json`` after each run, and
+``scaling.png``; called again with other shapes, stages or numbers of GPUs, it measures what is missing there.
+``--shape tiny`` tries it on CPU ranks.
 """
 
 from __future__ import annotations
@@ -83,9 +84,20 @@ def prepare(own: argparse.Namespace) -> tuple[Path, Path, Path]:
         llama_7b_training.write_shape(llama, own.shape, own.rows)
     if not (data / "rows.json").is_file():
         llava_7b_training.write_rows(data, num_rows=2000, num_pictures=200)
+        write_equal_conversations(data / "rows.json")
     if not (llava / "config.json").is_file():
         llava_7b_training.write_shape(llava, own.shape, data)
     return llama, llava, data
+
+
+def write_equal_conversations(file: Path) -> None:
+    """Give all rows the conversation of the median length and a picture: every GPU has as many tokens in every step."""
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    by_length = sorted((row for row in rows if "image" in row), key=lambda row: len(json.dumps(row["conversations"])))
+    median = by_length[len(by_length) // 2]
+    pictures = itertools.cycle([row["image"] for row in by_length])
+    equal = [{**median, "id": str(number), "image": next(pictures)} for number in range(len(rows))]
+    file.write_text(json.dumps(equal), encoding="utf-8")
 
 
 def speed(

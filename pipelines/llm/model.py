@@ -41,9 +41,11 @@ def load_model(section: ModelSection, precision: str) -> PreTrainedModel:
 def next_token_loss(engine: Engine, batch: dict[str, Tensor]) -> Tensor:
     """Return the cross-entropy in fp32 *summed* over the labels that are not -100, each predicted one token before.
 
-    ``batch`` holds ``input_ids`` and ``labels`` [B, S] and either ``attention_mask`` or ``position_ids`` [B, S].
+    ``batch`` holds ``input_ids`` and ``labels`` [B, S], padded on the right, and ``position_ids`` [B, S] of packs.
     """
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    # No token comes after padding, so the causal mask is enough. Another one would keep attention from its fastest
+    # kernel, and each new width from starting at once.
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "attention_mask")}
     labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     # The cache is off: without it and without a mask, transformers confines attention to where position_ids restart.
     return summed_cross_entropy(engine, inputs, labels)

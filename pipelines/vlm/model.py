@@ -96,7 +96,8 @@ def instruction_loss(engine: Engine, batch: dict[str, Tensor]) -> Tensor:
     ``batch`` is what ``to_model`` returns. Logits are made only at places where some row of the batch has a label:
     neither system prompt nor image tokens have any.
     """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    # Rows are padded on the right and attention is causal: a mask of padding would only make it slower.
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "attention_mask")}
     labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     places = (labels != -100).any(0).nonzero().squeeze(1)
     return summed_cross_entropy(engine, inputs | {"logits_to_keep": places}, labels[:, places])

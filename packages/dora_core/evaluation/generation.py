@@ -13,11 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig
 
 from dora_core.adapters.merge import evaluation_mode
 
 FILLER_ID = 0  # any token: what stands at a masked place or in a call made for the other ranks' sake is never read
+# All but cuDNN, torch's first choice on Hopper GPUs, which prepares itself for a tenth of a second whenever attention
+# gets a width that it has not seen: with every token, here.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @torch.no_grad()
@@ -61,7 +65,7 @@ def generate_texts(
         decoder_start_token_id=_decoder_start(model) if has_encoder else None,
     )
     texts = [""] * len(prompts)
-    with evaluation_mode(model), _own_generation_config_only(model):
+    with evaluation_mode(model), _own_generation_config_only(model), sdpa_kernel(ATTENTION):
         batches = _batches([len(ids) for ids in encoded], batch_size, num_calls)
         for places, others in _one_ahead(batches, inputs_for or (lambda places: {})):
             ids_BS, mask_BS = _pad([encoded[place] for place in places] or [[FILLER_ID]], left=not has_encoder)
@@ -101,7 +105,7 @@ def option_log_likelihoods(
     device = device or _device_of(model)
     keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
     scores = [0.0] * len(pairs)
-    with evaluation_mode(model):
+    with evaluation_mode(model), sdpa_kernel(ATTENTION):
         for places in _batches([len(ids) for ids, _ in encoded], batch_size, num_calls):
             batch = [encoded[place] for place in places] or [([FILLER_ID, FILLER_ID], 1)]
             ids_BS, mask_BS = _pad([ids for ids, _ in batch], left=False)
