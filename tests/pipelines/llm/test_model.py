@@ -40,7 +40,7 @@ def save_tokenizer(folder, special: dict[str, str], extra: tuple[str, ...] = ())
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_every_family_loads_adapts_and_has_the_models_own_loss(tmp_path, family, precision):
+def test_every_family_loads_adapts_and_has_the_models_own_loss(tmp_path, family, precision, attention_masks):
     FAMILIES[family].save_pretrained(tmp_path)
     model = load_model(ModelSection(path=str(tmp_path), from_scratch=True), precision)
     assert model.training
@@ -50,7 +50,9 @@ def test_every_family_loads_adapts_and_has_the_models_own_loss(tmp_path, family,
     own = model(**batch, use_cache=False).loss * 5  # the mean over the five labels
     report = apply_adapters(model, AdapterConfig(rank=4, alpha=8))
     assert len(report.modules) == 2 * 5
+    attention_masks.clear()
     loss = next_token_loss(model, batch)
+    assert attention_masks == [None, None]  # of two layers
     assert loss.item() == pytest.approx(own.item(), rel=1e-6 if precision == "fp32" else 1e-2)
     loss.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)

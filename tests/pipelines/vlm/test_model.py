@@ -288,13 +288,18 @@ class Call:
         return self.model(**inputs)
 
 
-def test_the_loss_is_that_of_all_logits_though_few_are_made(llava_folder):
+def test_the_loss_is_that_of_all_logits_under_a_mask_though_few_are_made_and_none_is_used(
+    llava_folder, attention_masks
+):
     model, _, _ = load(ModelSection(path=str(llava_folder)))
     batch = inputs(model)
     labels = torch.full((2, 30), -100)
     labels[0, 20:24], labels[1, 25:] = batch["input_ids"][0, 20:24], batch["input_ids"][1, 25:]
-    batch |= {"attention_mask": torch.ones(2, 30, dtype=torch.long), "labels": labels}
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[0, 26:] = 0  # padding on the right, as of a shorter row
+    batch |= {"attention_mask": mask, "labels": labels}
     loss = instruction_loss(Call(model), batch)
+    assert attention_masks and all(mask is None for mask in attention_masks)
     every = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1]
     expected = F.cross_entropy(every.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
