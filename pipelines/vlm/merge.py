@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from dora_core.adapters import load_adapter, merge_and_unload
+from dora_core.adapters import load_adapter
+from dora_core.adapters.merge import compare_merged
 from dora_core.adapters.report import AdapterReport
 from dora_core.adapters.stored import named_base
 from dora_core.config import load_config, require, split_arguments
@@ -68,7 +69,7 @@ def merge(
     model.eval()
     print(load_any_adapter(model, adapter))
     narrow_forward(model, precision, "cpu")
-    print(f"merged {merge_and_unload(model, probe(model, vision))}")
+    print(f"merged {compare_merged(model, probe(model, vision))}")
     save_model(model, output, precision)
     save_processor(output, model, tokenizer, vision, template)
     print(f"wrote {output}")

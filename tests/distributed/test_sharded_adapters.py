@@ -73,6 +73,8 @@ def adapter_life(world, model_folder, folder, stage):
     unmerge_adapters(other.module, probe)
     after = whole_weights(other.module)
     exact = all(torch.equal(before[name], after[name]) for name in before)
+    save_model(other.module, folder / "direct", "fp32")
+    assert released(other.module)
     merge_and_unload(other.module, probe)
     save_model(other.module, folder / "merged", "fp32")
     world.barrier()
@@ -102,6 +104,9 @@ def test_an_adapter_lives_the_same_life_in_stage_3(model_folder, tmp_path, world
     files = [load_file(tmp_path / f"stage{stage}" / "adapter" / "adapter_model.safetensors") for stage in (0, 3)]
     assert files[0].keys() == files[1].keys()
     assert all(torch.allclose(files[0][key], files[1][key], atol=1e-5) for key in files[0])
+    for stage in ("stage0", "stage3"):
+        direct, merged = (load_file(tmp_path / stage / name / "model.safetensors") for name in ("direct", "merged"))
+        assert direct.keys() == merged.keys() and all(torch.equal(direct[key], merged[key]) for key in direct)
     model = LlamaForCausalLM.from_pretrained(tmp_path / "stage3" / "merged")
     assert set(model.state_dict()) == set(LlamaForCausalLM.from_pretrained(model_folder).state_dict())
     with torch.no_grad():

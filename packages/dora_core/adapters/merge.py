@@ -9,8 +9,10 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dora_core.adapters.functional import effective_weight_
 from dora_core.adapters.linear import LoRALinear
 
 
@@ -75,16 +77,51 @@ def merge_and_unload(model: nn.Module, probe: Mapping[str, Any] | None = None) -
     return _change(model, probe, [partial(unload, name, layer) for name, layer in adapted_layers(model).items()])
 
 
+def merged_weight(layer: LoRALinear) -> Tensor:
+    """Return the weight [out, in] that a merge would store, in a tensor of its own. ZeRO-3 must have it gathered."""
+    weight = layer.weight.detach()
+    if layer.merged:
+        return weight.clone()
+    with torch.no_grad():
+        return effective_weight_(weight.clone(), layer.lora_A, layer.lora_B, layer.magnitude, layer.scale)
+
+
+def compare_merged(model: nn.Module, probe: Mapping[str, Any] | None = None) -> MergeReport:
+    """Return what a merge would change, without merging: each weight is made for its layer's call and dropped.
+
+    So a model whose base is mapped from its files needs no memory for merged weights; see ``merge_adapters`` for
+    ``probe``.
+    """
+    layers = adapted_layers(model).values()
+    probe = default_probe(model) if probe is None else probe
+    before = _output(model, probe)
+    try:
+        for layer in layers:
+            layer.forward = partial(_merged_forward, layer)
+        after = _output(model, probe)
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+    return _report(len(layers), before, after)
+
+
+def _merged_forward(layer: LoRALinear, x: Tensor) -> Tensor:
+    return F.linear(x, merged_weight(layer), layer.bias)
+
+
 def _change(model: nn.Module, probe: Mapping[str, Any] | None, steps: list[Callable[[], None]]) -> MergeReport:
     probe = default_probe(model) if probe is None else probe
     before = _output(model, probe)
     for step in steps:
         step()
-    after = _output(model, probe)
-    if before is None:
-        return MergeReport(len(steps), None, None)
+    return _report(len(steps), before, _output(model, probe))
+
+
+def _report(num_layers: int, before: Tensor | None, after: Tensor | None) -> MergeReport:
+    if before is None or after is None:
+        return MergeReport(num_layers, None, None)
     before = before.double()
-    return MergeReport(len(steps), float((before - after.double()).abs().max()), float(before.abs().max()))
+    return MergeReport(num_layers, float((before - after.double()).abs().max()), float(before.abs().max()))
 
 
 @torch.no_grad()

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from dora_core.adapters import load_adapter, merge_and_unload
+from dora_core.adapters import load_adapter
 from dora_core.adapters.checkpoint import write_tensors
+from dora_core.adapters.linear import LoRALinear
+from dora_core.adapters.merge import compare_merged, merged_weight
 from dora_core.adapters.sharded import full_numel, gathered
+from dora_core.adapters.stored import SUFFIXES
 from dora_core.engine.build import DTYPES, narrow_forward
 from dora_core.engine.distributed import World
 
@@ -25,18 +28,21 @@ _WEIGHTS = "model*.safetensors*"
 def save_model(model: PreTrainedModel, folder: str | Path, precision: str) -> Path:
     """Write weights (in ``precision``), config and generation config to ``folder`` and return it.
 
-    Every rank must call it; rank 0 writes and holds at most one shard. The model must be free of adapters:
-    ``merge_and_unload`` first. Tied weights are written once. Raises ``ValueError`` on every rank if there is no room,
-    or if a file cannot be written, which leaves no weights behind.
+    Every rank must call it; rank 0 writes and holds at most one shard. Adapters are written merged, their weights made
+    one at a time. Tied weights are written once. Raises ``ValueError`` on every rank if there is no room, or if a file
+    cannot be written, which leaves no weights behind.
     """
     folder = Path(folder)
     require_room(model, folder, precision)
     main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     shards = _Shards(folder)
+    layers = _adapted(model)
     for name, tensor in _tensors(model).items():
-        with gathered([tensor]):
+        layer = layers.get(name.removesuffix(".weight"))
+        with gathered([tensor] if layer is None else layer.parameters()):
             if main:
-                shards.add(name, tensor.detach().to("cpu", _dtype(tensor, precision), copy=True).contiguous())
+                value = tensor.detach() if layer is None else merged_weight(layer)
+                shards.add(name, value.to("cpu", _dtype(tensor, precision), copy=layer is None).contiguous())
 
     def finish() -> None:
         shards.finish()
@@ -122,10 +128,15 @@ class _Shards:
             old.unlink()
 
 
+def _adapted(model: PreTrainedModel) -> dict[str, LoRALinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
 def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     persistent = set(model.state_dict())
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    return {**dict(model.named_parameters()), **buffers}
+    adapters = {f"{name}.{key}" for name in _adapted(model) for key in SUFFIXES}
+    parameters = {name: parameter for name, parameter in model.named_parameters() if name not in adapters}
+    return {**parameters, **{name: buffer for name, buffer in model.named_buffers() if name in persistent}}
 
 
 def _dtype(tensor: Tensor, precision: str) -> torch.dtype:
@@ -144,14 +155,14 @@ def merge_to_folder(
 ) -> None:
     """Merge the adapter of a folder into its base on the CPU, write the result to ``output`` and say what changed.
 
-    ``probe``, as of ``merge_and_unload``, is what logits are compared on.
+    ``probe``, as of ``compare_merged``, is what logits are compared on.
     """
     require_room(model, output, precision)  # before the work
     model.eval()
     _, report = load_adapter(model, adapter)
     narrow_forward(model, precision, "cpu")
     print(report)
-    print(f"merged {merge_and_unload(model, probe)}")
+    print(f"merged {compare_merged(model, probe)}")
     print(f"wrote {save_model(model, output, precision)}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from collections import namedtuple
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dora_core.adapters import AdapterConfig, apply_adapters, save_adapter
+from dora_core.adapters import AdapterConfig, apply_adapters, merge, merge_and_unload, save_adapter
 from dora_core.adapters.checkpoint import write_tensors
+from dora_core.adapters.linear import LoRALinear
+from dora_core.adapters.merge import merged_weight
 from dora_core.engine import export
 from dora_core.engine.export import merge_to_folder, save_model
 from dora_core.testing.limits import limited_file_size
@@ -54,6 +57,43 @@ def test_a_model_without_room_is_refused_before_it_is_merged_and_replaces_nothin
     assert not list((tmp_path / "elsewhere").iterdir())
     merge_to_folder(llama(), tmp_path / "adapter", tmp_path / "merged", "fp32")  # as large as what it replaces
     assert (tmp_path / "merged" / "model.safetensors").read_bytes() == old  # the adapter was fresh
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["dora", "lora"])
+def test_an_adapted_model_is_written_as_it_would_be_merged_with_one_merged_weight_at_a_time(
+    tmp_path, monkeypatch, kind, dtype
+):
+    model = llama().to(dtype)
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    magnitudes = {"magnitude_targets": ["o_proj"]} if kind == "dora" else {}
+    apply_adapters(model, AdapterConfig(kind=kind, rank=4, targets=["q_proj", "up_proj"], **magnitudes))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, mean=float(name.endswith("magnitude")), std=0.1)
+    alive: list[weakref.ref] = []
+
+    def counted(layer: LoRALinear) -> torch.Tensor:
+        assert sum(weight() is not None for weight in alive) <= 1
+        weight = merged_weight(layer)
+        alive.append(weakref.ref(weight))
+        return weight
+
+    monkeypatch.setattr(merge, "merged_weight", counted)
+    monkeypatch.setattr(export, "merged_weight", counted)
+    monkeypatch.setattr(export, "MAX_SHARD_BYTES", 1)
+    report = merge.compare_merged(model)
+    save_model(model, tmp_path / "direct", "fp32")
+    assert len(alive) == 2 * report.num_layers == 2 * (6 if kind == "dora" else 4)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in base.items())
+    assert report == merge_and_unload(model)
+    save_model(model, tmp_path / "merged", "fp32")
+    direct, merged = (
+        {name: tensor for file in (tmp_path / folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
+        for folder in ("direct", "merged")
+    )
+    assert direct.keys() == merged.keys() == base.keys()
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in direct.items())
 
 
 def save_on_a_full_disk(world, folder):
