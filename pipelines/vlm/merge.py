@@ -17,7 +17,7 @@ from dora_core.adapters.report import AdapterReport
 from dora_core.adapters.stored import named_base
 from dora_core.config import load_config, require, split_arguments
 from dora_core.engine.build import narrow_forward
-from dora_core.engine.export import require_room, save_model
+from dora_core.engine.export import require_target, save_model
 from dora_core.training.script import run_script
 from pipelines.vlm.config import RECIPES, ModelSection, VLMConfig
 from pipelines.vlm.export import require_savable, save_processor
@@ -65,7 +65,7 @@ def merge(
     tokenizer = load_tokenizer(section)
     model, vision = load_llava(section, tokenizer, precision)
     require_savable(model)
-    require_room(model, output, precision)  # before the work
+    require_target(model, output, precision)  # before the work
     model.eval()
     print(load_any_adapter(model, adapter))
     narrow_forward(model, precision, "cpu")

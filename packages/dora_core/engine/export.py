@@ -19,7 +19,7 @@ from dora_core.adapters.merge import compare_merged, merged_weight
 from dora_core.adapters.sharded import full_numel, gathered
 from dora_core.adapters.stored import SUFFIXES
 from dora_core.engine.build import DTYPES, narrow_forward
-from dora_core.engine.distributed import World
+from dora_core.engine.distributed import World, agree
 
 MAX_SHARD_BYTES = 4 << 30
 _WEIGHTS = "model*.safetensors*"
@@ -29,11 +29,11 @@ def save_model(model: PreTrainedModel, folder: str | Path, precision: str) -> Pa
     """Write weights (in ``precision``), config and generation config to ``folder`` and return it.
 
     Every rank must call it; rank 0 writes and holds at most one shard. Adapters are written merged, their weights made
-    one at a time. Tied weights are written once. Raises ``ValueError`` on every rank if there is no room, or if a file
-    cannot be written, which leaves no weights behind.
+    one at a time. Tied weights are written once. Raises ``ValueError`` on every rank as ``require_target`` does, or if
+    a file cannot be written, which leaves no weights behind.
     """
     folder = Path(folder)
-    require_room(model, folder, precision)
+    require_target(model, folder, precision)
     main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     shards = _Shards(folder)
     layers = _adapted(model)
@@ -57,14 +57,19 @@ def save_model(model: PreTrainedModel, folder: str | Path, precision: str) -> Pa
     return folder
 
 
-def require_room(model: PreTrainedModel, folder: Path, precision: str) -> None:
-    """Raise ``ValueError`` unless the model's weights fit on the disk of ``folder``, which is made if need be.
+def require_target(model: PreTrainedModel, folder: Path, precision: str) -> None:
+    """Raise ``ValueError`` unless ``folder``, which is made if need be, can take the model's weights.
 
-    Every rank must call it; the weights that ``save_model`` would replace count as room.
+    It must not be the folder that the model was read from, and have room; the weights that ``save_model`` would
+    replace there count as room. Every rank must call it.
     """
 
     def check() -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        if folder.resolve() == Path(model.name_or_path or "/").resolve():
+            raise ValueError(
+                f"{folder} holds the weights that the model is made of. Choose another folder for the result."
+            )
         tensors = _tensors(model).values()
         needed = sum(full_numel(tensor) * _dtype(tensor, precision).itemsize for tensor in tensors)
         room = shutil.disk_usage(folder).free + sum(old.stat().st_size for old in folder.glob(_WEIGHTS))
@@ -147,7 +152,7 @@ def _on_main(work: Callable[[], None]) -> None:
     if torch.distributed.is_initialized():
         World.start().on_main(work)
     else:
-        work()
+        agree(work, lambda problem: [problem], None)
 
 
 def merge_to_folder(
@@ -157,7 +162,7 @@ def merge_to_folder(
 
     ``probe``, as of ``compare_merged``, is what logits are compared on.
     """
-    require_room(model, output, precision)  # before the work
+    require_target(model, output, precision)  # before the work
     model.eval()
     _, report = load_adapter(model, adapter)
     narrow_forward(model, precision, "cpu")

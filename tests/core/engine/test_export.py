@@ -109,6 +109,14 @@ def save_on_a_full_disk(world, folder):
     return "saved"
 
 
+def test_a_base_is_not_replaced_by_what_is_made_of_it(tmp_path):
+    save_model(llama(), tmp_path, "fp32")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="holds the weights that the model is made of"):
+        save_model(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path / "x" / "..", "bf16")
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
 def test_a_file_that_cannot_be_written_is_one_error_on_every_rank_and_leaves_no_weights(tmp_path):
     for said in run_on_ranks(save_on_a_full_disk, 2, tmp_path):
         assert "rank 0: " in said and "of-00000.safetensors could not be written" in said and "Make room" in said
