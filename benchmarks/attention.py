@@ -3,9 +3,10 @@
     python benchmarks/attention.py [--output benchmarks/results] [--shapes llava-padded,llava] [--device cpu]
 
 A forward and a backward pass of ``scaled_dot_product_attention`` by backend, ``default`` being torch's own choice.
-``again_us`` is the median over 20 calls of one shape (time of the GPU, launches hidden by a sleep); ``first_ms`` is the
-median over 6 widths never seen before, each 8 tokens wider, from the call to the end of the GPU's work. Shapes are rows
-x heads x queries x keys x width of a head; "padded" ones have a mask of the keys, as rows of other lengths need.
+``again_us`` is the median over 5 loops of 16 calls of one shape (time of the GPU, launches hidden by a sleep);
+``first_ms`` is the median over 6 widths never seen before, from the call to the end of the GPU's work: each 8 tokens
+wider than the last, those of a backend wider than those of the backends before it. Shapes are rows x heads x queries x
+keys x width of a head; "padded" ones have a mask of the keys, as rows of other lengths need.
 """
 
 from __future__ import annotations

@@ -83,8 +83,10 @@ def prepare(own: argparse.Namespace) -> tuple[Path, Path, Path]:
     if not (llama / "config.json").is_file():
         llama_7b_training.write_shape(llama, own.shape, own.rows)
     if not (data / "rows.json").is_file():
-        llava_7b_training.write_rows(data, num_rows=2000, num_pictures=200)
-        write_equal_conversations(data / "rows.json")
+        drawn = data.with_name("drawn")  # renamed once it is whole
+        llava_7b_training.write_rows(drawn, num_rows=2000, num_pictures=200)
+        write_equal_conversations(drawn / "rows.json")
+        drawn.rename(data)
     if not (llava / "config.json").is_file():
         llava_7b_training.write_shape(llava, own.shape, data)
     return llama, llava, data

@@ -41,10 +41,10 @@ def load_model(section: ModelSection, precision: str) -> PreTrainedModel:
 def next_token_loss(engine: Engine, batch: dict[str, Tensor]) -> Tensor:
     """Return the cross-entropy in fp32 *summed* over the labels that are not -100, each predicted one token before.
 
-    ``batch`` holds ``input_ids`` and ``labels`` [B, S], padded on the right, and ``position_ids`` [B, S] of packs.
+    ``batch`` holds ``input_ids`` and ``labels`` [B, S], padded on the right, and ``position_ids`` [B, S] of packs; an
+    ``attention_mask`` is not used.
     """
-    # No token comes after padding, so the causal mask is enough. Another one would keep attention from its fastest
-    # kernel, and each new width from starting at once.
+    # No token comes after padding, so the causal mask is enough, under which attention is fastest.
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "attention_mask")}
     labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     # The cache is off: without it and without a mask, transformers confines attention to where position_ids restart.

@@ -118,8 +118,7 @@ def export(run: Run, engine: Engine, tokenizer, cfg: LLMConfig, progress: Progre
         folder = save_adapter(engine.module, cfg.adapter, run.folder / "adapter", cfg.model.path)
     else:
         folder = save_model(engine.module, run.folder / "model", cfg.train.precision)
-    if run.world.is_main:
-        tokenizer.save_pretrained(folder)
+    run.world.on_main(lambda: tokenizer.save_pretrained(folder))
     run.say(f"wrote {folder}")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dora_core.adapters.merge import evaluation_mode
+from dora_core.config import require
 from dora_core.data.collate import TokenRow, pad_rows
 from dora_core.evaluation.evaluator import EvaluationContext
 from dora_core.evaluation.generation import generate_texts
@@ -90,6 +91,9 @@ def generate_targets(
     """
     answering: Answering = context.extra["answering"]
     section = context.section
+    positions = context.model.config.max_position_embeddings
+    limit = f"less than the {positions} positions of the model"
+    require(max_new_tokens < positions, "evaluate.max_new_tokens", max_new_tokens, limit, "Lower it.")
     prompts = agree(lambda: [answering.prompt(example, task) for example in examples], context)
     with ThreadPoolExecutor(section.num_workers) as pool:
         eyes = _Eyes(examples, context, pool)

@@ -35,7 +35,7 @@ class TextEncoder:
         ``cuttable`` loses its last tokens; what stands before and after it is kept whole. With ``reference_truncation``
         the text is cut from its end. Raises ``RecordError`` if the rest alone is too long.
         """
-        asked, max_length = max_length, self._limit(max_length)
+        max_length = self._limit(max_length)
         before = example.before if self.task_prompts or not _is_prompt(example.before) else ""
         text = before + example.cuttable + example.after
         encoding = self.tokenizer(text, return_offsets_mapping=True, truncation=False, verbose=False)
@@ -48,7 +48,8 @@ class TextEncoder:
         start, stop = len(before), len(before) + len(example.cuttable)
         inside = [place for place, (begin, end) in enumerate(spans) if start <= begin < end <= stop]
         if len(inside) < surplus:
-            remedy = "Raise max_text_length of its task, or remove" if max_length == asked else "Shorten or remove"
+            fixed = max_length == self.num_positions
+            remedy = "Shorten or remove" if fixed else "Raise max_text_length of its task, or remove"
             raise RecordError(
                 f"The text of {example.id} has {len(ids)} tokens, of which {len(inside)} may be cut; at most "
                 f"{max_length} are allowed. {remedy} the row."

@@ -10,6 +10,7 @@ from transformers import BartConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from dora_core.adapters.sharded import gathered
 from dora_core.config import ConfigError, require
+from dora_core.data.collate import WIDTH_MULTIPLE
 from dora_core.engine import pretrained
 from dora_core.engine.build import DTYPES, Engine
 from dora_core.engine.loss import summed_cross_entropy
@@ -39,7 +40,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 
 def text_encoder(cfg: VideoConfig, tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
     """Return what makes tokens of a recipe's texts, no more than its BART has positions; raises ``ConfigError``."""
-    limit = _bart_config(cfg.model.path).max_position_embeddings
+    positions = _bart_config(cfg.model.path).max_position_embeddings
+    limit = positions // WIDTH_MULTIPLE * WIDTH_MULTIPLE  # padding takes positions, too
     return TextEncoder(tokenizer, cfg.data.task_prompts, cfg.data.reference_truncation, limit)
 
 
@@ -99,7 +101,7 @@ def _bart_config(path: str) -> BartConfig:
             f"a BART; this one is a {raw.get('model_type')!r}",
             "Give for example facebook/bart-base.",
         )
-        return BartConfig.from_pretrained(path)
+        return BartConfig.from_dict(raw)
     except OSError as error:
         raise ConfigError(pretrained.not_found("model", path, error)) from None
 

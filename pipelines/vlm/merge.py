@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from dora_core.adapters import load_adapter
-from dora_core.adapters.merge import compare_merged
+from dora_core.adapters import compare_merged, load_adapter
 from dora_core.adapters.report import AdapterReport
 from dora_core.adapters.stored import named_base
 from dora_core.config import load_config, require, split_arguments

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
+from dora_core.adapters.checkpoint import on_rank_0, write_tensors
 from dora_core.adapters.sharded import full_shape, gathered
 from dora_core.config import ConfigError
 
@@ -80,15 +80,24 @@ def read_projector(source: str) -> dict[str, Tensor]:
 
 
 def write_projector(projector: nn.Module, folder: Path) -> None:
-    """Write ``mm_projector.bin`` as LLaVA reads it. Every rank must call it; rank 0 writes."""
+    """Write ``mm_projector.bin`` as LLaVA reads it. Every rank must call it; rank 0 writes.
+
+    Raises ``ValueError`` on every rank if it cannot be written.
+    """
     tensors = {}
     for place, layer in _PROJECTOR_LAYERS.items():
         for kind, parameter in getattr(projector, layer).named_parameters():
             with gathered([parameter]):
                 tensors[f"model.mm_projector.{place}.{kind}"] = parameter.detach().to("cpu", copy=True)
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+
+    def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(tensors, folder / PROJECTOR_FILE)
+        try:
+            torch.save(tensors, folder / PROJECTOR_FILE)
+        except RuntimeError as error:  # torch's for a full disk
+            raise OSError(f"{folder / PROJECTOR_FILE} could not be written ({error}). Make room for it.") from None
+
+    on_rank_0(write)
 
 
 def read_tower(path: str) -> dict[str, Tensor]:
@@ -193,7 +202,7 @@ def convert_adapter(folder: Path, output: Path) -> Path:
         "modules_to_save": projector or None,
     }
     output.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, output / "adapter_model.safetensors")
+    write_tensors({name: tensor.contiguous() for name, tensor in state.items()}, output / "adapter_model.safetensors")
     (output / "adapter_config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     return output
 

@@ -33,3 +33,18 @@ def test_losses_are_compared_with_the_first_way(tmp_path):
         "way": "three",
         "error": "status 1",
     }
+
+
+def test_every_row_of_the_picture_runs_has_the_same_conversation(tmp_path):
+    file = tmp_path / "rows.json"
+    turns = [[{"from": "human", "value": "a" * length}] for length in (3, 1, 2)]
+    rows = [{"id": str(n), "image": f"{n}.jpg", "conversations": each} for n, each in enumerate(turns)]
+    file.write_text(json.dumps([*rows, {"id": "3", "conversations": turns[0]}]))
+    scaling.write_equal_conversations(file)
+    equal = json.loads(file.read_text())
+    assert [row["conversations"] for row in equal] == [turns[2]] * 4
+    assert [row["id"] for row in equal] == ["0", "1", "2", "3"] and {row["image"] for row in equal} == {
+        "0.jpg",
+        "1.jpg",
+        "2.jpg",
+    }

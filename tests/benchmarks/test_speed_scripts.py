@@ -13,6 +13,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import adapter_variants
+import attention
 import device_timing
 import generation_time
 import kernel_forms
@@ -135,6 +136,15 @@ def test_every_operator_and_form_is_timed_in_the_interpreter(tmp_path):
     rows = content["operators"] + content["forms"] + content["dense"]
     assert content["peaks"]["copy_gb_per_s"] > 0 and len(rows) == 15, done.stderr
     assert not [row["error"] for row in rows if "error" in row]
+
+
+def test_attention_is_timed_by_shape_and_backend(tmp_path, monkeypatch):
+    monkeypatch.setitem(attention.SHAPES, "small", (2, 2, 8, 16, 8, "padded"))
+    own = ["--device", "cpu", "--shapes", "small", "--backends", "default,cudnn,math", "--output", str(tmp_path)]
+    assert attention.main(own) == 0
+    rows = json.loads((tmp_path / "attention.json").read_text())["rows"]
+    assert ["error" in row for row in rows] == [False, True, False]
+    assert all(row["first_ms"] > 0 and row["again_us"] > 0 for row in rows if "error" not in row)
 
 
 def test_calls_take_turns_over_all_copies_of_their_operands():

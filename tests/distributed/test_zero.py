@@ -65,6 +65,20 @@ def test_every_stage_and_split_on_two_ranks_has_the_losses_of_plain_torch(model_
         assert losses == pytest.approx(expected, abs=1e-5), case
 
 
+def num_reductions(world, folder, stage):
+    """Train a step; return how often DeepSpeed was asked to reduce gradients over ranks."""
+    engine = make_engine(world, folder, {"stage": stage})
+    asked, reduce = [], engine.deepspeed.allreduce_gradients
+    engine.deepspeed.allreduce_gradients = lambda *args, **kwargs: (asked.append(1), reduce(*args, **kwargs))
+    train_steps(engine, 0, 1)
+    return len(asked)
+
+
+@pytest.mark.parametrize(("world_size", "stage", "expected"), [(1, 0, 0), (2, 0, 1), (1, 2, 1)])
+def test_one_rank_without_zero_reduces_nothing(model_folder, world_size, stage, expected):
+    assert run_on_ranks(num_reductions, world_size, model_folder, stage) == [expected] * world_size
+
+
 def test_every_stage_on_one_rank_has_the_losses_of_plain_torch(model_folder):
     expected = plain_losses(model_folder)
     for case, losses in zip(CASES, run_on_ranks(losses_of, 1, model_folder, CASES)[0], strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,20 +80,39 @@ def save_adapter(model: nn.Module, config: AdapterConfig, folder: str | Path, ba
     """Write the adapter of ``model`` to ``folder`` in PEFT's layout and return the folder.
 
     Every rank must call it; rank 0 writes. ``base_model`` is the folder or hub name that PEFT loads the base from.
+    Raises ``ValueError`` on every rank if a file cannot be written.
     """
     state = adapter_state_dict(model)
     folder = Path(folder)
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    own = {
+        "magnitude_only": _magnitude_only(model),
+        "norm_gradient": config.norm_gradient,
+        "dropout_mode": config.dropout_mode,
+    }
+
+    def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        own = {
-            "magnitude_only": _magnitude_only(model),
-            "norm_gradient": config.norm_gradient,
-            "dropout_mode": config.dropout_mode,
-        }
         write_tensors(state, folder / WEIGHTS_FILE, {METADATA_KEY: json.dumps(own)})
         text = json.dumps(peft_config(model, config, base_model), indent=2)
         (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+    on_rank_0(write)
     return folder
+
+
+def on_rank_0(work: Callable[[], None]) -> None:
+    """Do ``work`` on rank 0 alone; every rank must call it, and its ``ValueError`` or ``OSError`` is one on all."""
+    several = torch.distributed.is_initialized()
+    said: list[str | None] = [None]
+    if not several or torch.distributed.get_rank() == 0:
+        try:
+            work()
+        except (ValueError, OSError) as error:
+            said = [str(error)]
+    if several:
+        torch.distributed.broadcast_object_list(said, src=0)
+    if said[0] is not None:
+        raise ValueError(said[0])
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -33,10 +33,10 @@ class MergeReport:
         return f"{self.num_layers} layers, maximum logit difference {of}"
 
 
-def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Return the adapted layers by module name; an error if there is none."""
+def adapted_layers(model: nn.Module, *, required: bool = True) -> dict[str, LoRALinear]:
+    """Return the adapted layers by module name; if they are ``required``, an error if there is none."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-    if not layers:
+    if required and not layers:
         raise ValueError("The model has no adapted layers. Call apply_adapters or load_adapter first.")
     return layers
 
@@ -89,8 +89,8 @@ def merged_weight(layer: LoRALinear) -> Tensor:
 def compare_merged(model: nn.Module, probe: Mapping[str, Any] | None = None) -> MergeReport:
     """Return what a merge would change, without merging: each weight is made for its layer's call and dropped.
 
-    So a model whose base is mapped from its files needs no memory for merged weights; see ``merge_adapters`` for
-    ``probe``.
+    So a model whose base is mapped from its files needs no memory for merged weights. Not for models under ZeRO-3. See
+    ``merge_adapters`` for ``probe``.
     """
     layers = adapted_layers(model).values()
     probe = default_probe(model) if probe is None else probe
@@ -148,7 +148,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Within the block every adapted layer returns the base layer's output."""
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    layers = adapted_layers(model, required=False).values()
     before = [layer.enabled for layer in layers]
     if any(layer.merged for layer in layers):
         raise ValueError(

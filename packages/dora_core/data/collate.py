@@ -17,6 +17,8 @@ IGNORED = -100
 """The label of a token that carries no loss."""
 
 PACKING_WINDOW = 256
+WIDTH_MULTIPLE = 8
+"""Tokens that the width of a batch is a multiple of."""
 
 Batch = dict[str, torch.Tensor]
 """``input_ids`` and ``labels`` ``[B, S]`` int64, with ``attention_mask`` (padded) or ``position_ids`` (packed)."""
@@ -37,7 +39,7 @@ class TokenRow:
             )
 
 
-def pad_rows(rows: Sequence[TokenRow], pad_id: int, side: str = "right", multiple_of: int = 8) -> Batch:
+def pad_rows(rows: Sequence[TokenRow], pad_id: int, side: str = "right", multiple_of: int = WIDTH_MULTIPLE) -> Batch:
     """Return ``input_ids``, ``attention_mask`` and ``labels`` ``[B, S]``; S is a multiple of ``multiple_of``.
 
     The first token of a row has no label: nothing precedes it but, on the left, padding that must not learn it.
@@ -80,7 +82,7 @@ def make_packs(rows: Sequence[TokenRow], pack_length: int, seed: int | None = No
     return packs
 
 
-def pad_packs(packs: Sequence[Sequence[TokenRow]], pad_id: int, multiple_of: int = 8) -> Batch:
+def pad_packs(packs: Sequence[Sequence[TokenRow]], pad_id: int, multiple_of: int = WIDTH_MULTIPLE) -> Batch:
     """Return ``input_ids``, ``position_ids`` and ``labels`` ``[B, S]``, one pack a line, one row after the other.
 
     S is the longest pack, rounded up. ``position_ids`` restart at 0 with each row and with the padding at the end; the

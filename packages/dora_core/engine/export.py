@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from dora_core.adapters import load_adapter
-from dora_core.adapters.checkpoint import write_tensors
-from dora_core.adapters.linear import LoRALinear
-from dora_core.adapters.merge import compare_merged, merged_weight
+from dora_core.adapters import compare_merged, load_adapter
+from dora_core.adapters.checkpoint import on_rank_0, write_tensors
+from dora_core.adapters.merge import adapted_layers, merged_weight
 from dora_core.adapters.sharded import full_numel, gathered
 from dora_core.adapters.stored import SUFFIXES
 from dora_core.engine.build import DTYPES, narrow_forward
-from dora_core.engine.distributed import World, agree
 
 MAX_SHARD_BYTES = 4 << 30
-_WEIGHTS = "model*.safetensors*"
 
 
 def save_model(model: PreTrainedModel, folder: str | Path, precision: str) -> Path:
@@ -36,7 +33,7 @@ def save_model(model: PreTrainedModel, folder: str | Path, precision: str) -> Pa
     require_target(model, folder, precision)
     main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     shards = _Shards(folder)
-    layers = _adapted(model)
+    layers = adapted_layers(model, required=False)
     for name, tensor in _tensors(model).items():
         layer = layers.get(name.removesuffix(".weight"))
         with gathered([tensor] if layer is None else layer.parameters()):
@@ -45,41 +42,48 @@ def save_model(model: PreTrainedModel, folder: str | Path, precision: str) -> Pa
                 shards.add(name, value.to("cpu", _dtype(tensor, precision), copy=layer is None).contiguous())
 
     def finish() -> None:
-        shards.finish()
-        config = model.config.__class__.from_dict(model.config.to_dict())
-        config.dtype = DTYPES[precision]
-        config.architectures = [type(model).__name__]
-        config.save_pretrained(folder)
-        if model.can_generate() and model.generation_config is not None:
-            save_generation_config(model.generation_config, folder)
+        try:
+            shards.finish()
+            config = model.config.__class__.from_dict(model.config.to_dict())
+            config.dtype = DTYPES[precision]
+            config.architectures = [type(model).__name__]
+            config.save_pretrained(folder)
+            if model.can_generate() and model.generation_config is not None:
+                save_generation_config(model.generation_config, folder)
+        except OSError as error:
+            shards.remove()
+            raise ValueError(
+                f"The model could not be written to {folder}, which holds no weights now: {error}. Make room or check "
+                "permissions, then save it again."
+            ) from None
 
-    _on_main(finish)
+    on_rank_0(finish)
     return folder
 
 
 def require_target(model: PreTrainedModel, folder: Path, precision: str) -> None:
-    """Raise ``ValueError`` unless ``folder``, which is made if need be, can take the model's weights.
+    """Raise ``ValueError`` unless ``folder``, which need not exist, can take the model's weights.
 
     It must not be the folder that the model was read from, and have room; the weights that ``save_model`` would
     replace there count as room. Every rank must call it.
     """
 
     def check() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         if folder.resolve() == Path(model.name_or_path or "/").resolve():
             raise ValueError(
                 f"{folder} holds the weights that the model is made of. Choose another folder for the result."
             )
         tensors = _tensors(model).values()
         needed = sum(full_numel(tensor) * _dtype(tensor, precision).itemsize for tensor in tensors)
-        room = shutil.disk_usage(folder).free + sum(old.stat().st_size for old in folder.glob(_WEIGHTS))
+        disk = next(place for place in (folder, *folder.resolve().parents) if place.is_dir())
+        room = shutil.disk_usage(disk).free + sum(old.lstat().st_size for old in _weights(folder))
         if needed > room:
             raise ValueError(
                 f"The weights in {precision} take {needed / 2**30:.1f} GiB, and {folder} has room for "
                 f"{room / 2**30:.1f} GiB. Make room, or choose a folder on another disk."
             )
 
-    _on_main(check)
+    on_rank_0(check)
 
 
 class _Shards:
@@ -106,7 +110,6 @@ class _Shards:
         """Write the rest and the index. Raises ``OSError`` for what could not be written."""
         self._flush()
         if self._problem is not None:
-            self._remove()
             raise self._problem
         index: dict[str, str] = {}
         for number, names in enumerate(self._names):
@@ -119,40 +122,37 @@ class _Shards:
 
     def _flush(self) -> None:
         if self._held and self._problem is None:
-            if not self._names:
-                self._remove()  # an old single file would be read before new shards
             try:
+                if not self._names:
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                    self.remove()  # an old single file would be read before new shards
                 write_tensors(self._held, self._folder / _name(len(self._names), 0))
                 self._names.append(list(self._held))
             except OSError as error:  # the other ranks are on their way to the next tensor
                 self._problem = error
         self._held, self._held_bytes = {}, 0
 
-    def _remove(self) -> None:
-        for old in self._folder.glob(_WEIGHTS):
+    def remove(self) -> None:
+        """Remove all weights that are in the folder."""
+        for old in _weights(self._folder):
             old.unlink()
 
 
-def _adapted(model: PreTrainedModel) -> dict[str, LoRALinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+def _weights(folder: Path) -> list[Path]:
+    """Return the files of weights in a folder, those included that a killed process left unfinished."""
+    found = [*folder.glob("model*.safetensors*"), *folder.glob(".tmp-model*.safetensors")]
+    return [path for path in found if not path.is_dir()]
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     persistent = set(model.state_dict())
-    adapters = {f"{name}.{key}" for name in _adapted(model) for key in SUFFIXES}
+    adapters = {f"{name}.{key}" for name in adapted_layers(model, required=False) for key in SUFFIXES}
     parameters = {name: parameter for name, parameter in model.named_parameters() if name not in adapters}
     return {**parameters, **{name: buffer for name, buffer in model.named_buffers() if name in persistent}}
 
 
 def _dtype(tensor: Tensor, precision: str) -> torch.dtype:
     return DTYPES[precision] if tensor.is_floating_point() else tensor.dtype
-
-
-def _on_main(work: Callable[[], None]) -> None:
-    if torch.distributed.is_initialized():
-        World.start().on_main(work)
-    else:
-        agree(work, lambda problem: [problem], None)
 
 
 def merge_to_folder(

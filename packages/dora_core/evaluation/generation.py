@@ -19,8 +19,8 @@ from transformers import GenerationConfig
 from dora_core.adapters.merge import evaluation_mode
 
 FILLER_ID = 0  # any token: what stands at a masked place or in a call made for the other ranks' sake is never read
-# All but cuDNN, torch's first choice on Hopper GPUs, which prepares itself for a tenth of a second whenever attention
-# gets a width that it has not seen: with every token, here.
+# All but cuDNN, torch's first choice on Hopper GPUs, which prepares itself for every width that it has not seen: with
+# each token, where texts are written.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -105,7 +105,7 @@ def option_log_likelihoods(
     device = device or _device_of(model)
     keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
     scores = [0.0] * len(pairs)
-    with evaluation_mode(model), sdpa_kernel(ATTENTION):
+    with evaluation_mode(model):
         for places in _batches([len(ids) for ids, _ in encoded], batch_size, num_calls):
             batch = [encoded[place] for place in places] or [([FILLER_ID, FILLER_ID], 1)]
             ids_BS, mask_BS = _pad([ids for ids, _ in batch], left=False)

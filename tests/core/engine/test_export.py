@@ -25,9 +25,9 @@ LIMIT = 40_000
 """Bytes of a shard here: the model is 75 kB in fp32."""
 
 
-def llama() -> LlamaForCausalLM:
+def llama(vocab_size: int = 64) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, **SIZES))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **SIZES))
 
 
 def test_shards_are_read_by_transformers_and_replace_an_older_model(tmp_path, monkeypatch):
@@ -54,7 +54,7 @@ def test_a_model_without_room_is_refused_before_it_is_merged_and_replaces_nothin
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, 0))
     with pytest.raises(ValueError, match=r"weights in bf16 take 0\.0 GiB, and .*elsewhere has room for 0\.0 GiB"):
         merge_to_folder(llama(), tmp_path / "adapter", tmp_path / "elsewhere", "bf16")
-    assert not list((tmp_path / "elsewhere").iterdir())
+    assert not (tmp_path / "elsewhere").exists()
     merge_to_folder(llama(), tmp_path / "adapter", tmp_path / "merged", "fp32")  # as large as what it replaces
     assert (tmp_path / "merged" / "model.safetensors").read_bytes() == old  # the adapter was fresh
 
@@ -97,11 +97,11 @@ def test_an_adapted_model_is_written_as_it_would_be_merged_with_one_merged_weigh
 
 
 def save_on_a_full_disk(world, folder):
-    """Save a model whose second shard cannot be written; return what was said."""
-    export.MAX_SHARD_BYTES, usual = LIMIT, export.MAX_SHARD_BYTES
+    """Save a model whose larger layers, from the fifth shard on, cannot be written; return what was said."""
+    export.MAX_SHARD_BYTES, usual = 8_100, export.MAX_SHARD_BYTES
     try:
-        with limited_file_size(20_000):
-            save_model(llama().bfloat16(), folder, "fp32")
+        with limited_file_size(7_000):
+            save_model(llama(vocab_size=16), folder, "fp32")
     except ValueError as error:
         return str(error)
     finally:
@@ -118,8 +118,45 @@ def test_a_base_is_not_replaced_by_what_is_made_of_it(tmp_path):
 
 
 def test_a_file_that_cannot_be_written_is_one_error_on_every_rank_and_leaves_no_weights(tmp_path):
+    save_model(llama(), tmp_path, "fp32")
     for said in run_on_ranks(save_on_a_full_disk, 2, tmp_path):
-        assert "rank 0: " in said and "of-00000.safetensors could not be written" in said and "Make room" in said
+        assert "model-00005-of-00000.safetensors could not be written" in said and "which holds no weights now" in said
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "generation_config.json"]
+
+
+def save_where_a_folder_is(world, folder, name):
+    """Save a model where a folder is in the way of a file; return what was said."""
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    world.barrier()
+    try:
+        save_model(llama(), folder, "fp32")
+    except ValueError as error:
+        return str(error)
+    return "saved"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_what_only_rank_0_cannot_do_is_an_error_on_every_rank(tmp_path, name):
+    for said in run_on_ranks(save_where_a_folder_is, 2, tmp_path / name, name):
+        assert f"could not be written to {tmp_path / name}" in said and "Make room or check permissions" in said
+    assert not [file for file in (tmp_path / name).glob("model*") if file.is_file()]
+
+
+def save_adapter_on_a_full_disk(world, folder):
+    """Save an adapter that has no room; return what was said."""
+    model, config = llama(), AdapterConfig(rank=4, targets=["q_proj"])
+    apply_adapters(model, config)
+    try:
+        with limited_file_size(1_000):
+            save_adapter(model, config, folder)
+    except ValueError as error:
+        return str(error)
+    return "saved"
+
+
+def test_an_adapter_that_cannot_be_written_is_an_error_on_every_rank(tmp_path):
+    for said in run_on_ranks(save_adapter_on_a_full_disk, 2, tmp_path):
+        assert "adapter_model.safetensors could not be written" in said and "Make room" in said
     assert not list(tmp_path.iterdir())
 
 

@@ -114,6 +114,15 @@ def test_sampling_settings_of_the_checkpoint_change_nothing_and_warn_of_nothing(
     assert [record.getMessage() for record in records] == []
 
 
+def test_texts_are_written_without_attention_that_prepares_itself_for_each_width(model, tokenizer) -> None:
+    allowed = []
+    hook = model.register_forward_hook(lambda *_: allowed.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    generate_texts(model, tokenizer, PROMPTS[:2], batch_size=2, num_beams=1, max_new_tokens=3)
+    hook.remove()
+    assert before and torch.backends.cuda.cudnn_sdp_enabled() and allowed and not any(allowed)
+
+
 def test_tokenizer_and_modes_of_the_modules_come_back_as_they_were(model, tokenizer) -> None:
     model.train()
     model.model.layers[0].eval()

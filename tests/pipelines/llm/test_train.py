@@ -60,14 +60,13 @@ def train_on_rows_of_the_rank(world, folder, paths):
 
 
 @pytest.mark.parametrize(
-    "rows, said", [("other.json", "Rank 1 has other training data than rank 0"), ("missing.json", "rank 1: ")]
+    "rows, said", [("other.json", "Rank 1 has other training data than rank 0"), ("missing.json", "missing.json")]
 )
 def test_a_rank_without_the_others_rows_ends_the_run_on_all(folder, rows, said):
     (folder / "other.json").write_text(json.dumps([{"instruction": "say hello", "output": "hello"}] * 400))
     train_file = folder / "data" / "world" / "commonsense_mix.json"
     failures = run_on_ranks(train_on_rows_of_the_rank, 2, folder, [train_file, folder / rows])
     assert all(said in failure for failure in failures), failures
-    assert rows == "other.json" or all("missing.json" in failure for failure in failures)
 
 
 def test_packing_trains_on_every_row_in_fewer_steps(folder):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from dora_core.config import load_config
@@ -66,9 +68,13 @@ def test_a_long_target_keeps_its_end(tokenizer):
     assert TextEncoder(tokenizer).target("something blue moves a green thing", 4) == [*whole[:3], whole[-1]]
 
 
-def test_nothing_is_longer_than_the_model_has_positions(tokenizer, dataset):
+def test_nothing_is_longer_than_the_model_has_positions(tokenizer, dataset, tmp_path):
     config = load_config(VideoConfig, "tiny", ["--model.path", str(dataset / "model")], recipes=RECIPES)
     assert text_encoder(config, tokenizer).num_positions == 256
+    odd = {**json.loads((dataset / "model" / "config.json").read_text()), "max_position_embeddings": 95}
+    (tmp_path / "config.json").write_text(json.dumps(odd))
+    odd_one = load_config(VideoConfig, "tiny", ["--model.path", str(tmp_path)], recipes=RECIPES)
+    assert text_encoder(odd_one, tokenizer).num_positions == 88  # which rows of 88 tokens are padded to
     limited = TextEncoder(tokenizer, num_positions=90)
     for asked in (None, 150):
         ids, cut = limited.text(example("hello there it is red" * 200), asked)
