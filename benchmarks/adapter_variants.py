@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -73,13 +72,6 @@ VARIANTS = {
     "ours-dora-dropout-kept": Variant(library="ours", dropout=0.05, kept_outputs=("down_proj",)),
     "ours-lora-dropout": Variant(library="ours", kind="lora", dropout=0.05),
 }
-
-
-def require_known(names: str, parser: argparse.ArgumentParser) -> None:
-    """End in ``parser``'s error unless all names, separated by commas, are in ``VARIANTS``."""
-    unknown = [name for name in names.split(",") if name not in VARIANTS]
-    if unknown:
-        parser.error(f"no such variants: {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
 
 
 def training_step(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 from device_timing import time_calls
-from measuring import RESULTS, figures_or_error, settings, table, versions, write_json
+from measuring import RESULTS, figures_or_error, require_known, settings, synced, table, versions, write_json
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from training_runs import iqr
@@ -76,14 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 def timed(shape: str, widths: Iterable[int], device: torch.device) -> dict[str, float]:
     """Return the figures of one shape, and of shapes wider by ``widths``, under the backends that are allowed now."""
     again = time_calls([step(shape, 0, device)], 1, device)[0]
-    firsts = []
-    for wider in widths:
-        call = step(shape, wider, device)
-        synchronize(device)
-        start = time.perf_counter()
-        call(0)
-        synchronize(device)
-        firsts.append(1e3 * (time.perf_counter() - start))
+    firsts = [synced(partial(step(shape, wider, device), 0), device)[1] for wider in widths]
     return {
         "again_us": again.us,
         "again_us_iqr": again.iqr_us,
@@ -115,12 +107,6 @@ def step(shape: str, wider: int, device: torch.device) -> Callable[[int], Any]:
     return call
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -128,7 +114,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--backends", default=",".join(BACKENDS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(arguments)
+    own = parser.parse_args(arguments)
+    require_known("shapes", own.shapes, SHAPES, parser)
+    require_known("backends", own.backends, BACKENDS, parser)
+    return own
 
 
 if __name__ == "__main__":

@@ -16,14 +16,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from adapter_variants import DTYPES, TINY, VARIANTS, Shape, adapted, build_model
-from measuring import RESULTS, Memory, figures_or_error, settings, table, versions, write_json
+from measuring import RESULTS, Memory, figures_or_error, settings, synced, table, versions, write_json
 from torch import Tensor, nn
 from training_runs import iqr
 from transformers import PreTrainedModel
@@ -101,11 +101,8 @@ def _once(
 @torch.no_grad()
 def _generate(called: nn.Module, prompts: Tensor, num_tokens: int) -> float:
     """Return the milliseconds that it takes to generate ``num_tokens`` after each of ``prompts`` [B, S]."""
-    cuda = prompts.is_cuda
-    if cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = called.generate(
+    generate = partial(
+        called.generate,
         input_ids=prompts,
         attention_mask=torch.ones_like(prompts),
         do_sample=False,
@@ -114,11 +111,9 @@ def _generate(called: nn.Module, prompts: Tensor, num_tokens: int) -> float:
         max_new_tokens=num_tokens,
         pad_token_id=0,
     )
-    if cuda:
-        torch.cuda.synchronize()
-    taken = time.perf_counter() - start
+    result, taken = synced(generate, prompts.device)
     assert result.shape[1] == prompts.shape[1] + num_tokens
-    return taken * 1e3
+    return taken
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

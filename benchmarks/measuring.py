@@ -11,16 +11,17 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from training_runs import environment
 
+T = TypeVar("T")
 GIB = 1 << 30
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -129,6 +130,24 @@ def versions() -> dict[str, Any]:
         except PackageNotFoundError:
             found[package] = None
     return found
+
+
+def require_known(what: str, names: str, known: Iterable[str], parser: argparse.ArgumentParser) -> None:
+    """End in ``parser``'s error unless all names, separated by commas, are ``known``."""
+    unknown = [name for name in names.split(",") if name not in known]
+    if unknown:
+        parser.error(f"no such {what}: {', '.join(unknown)}; there are {', '.join(known)}")
+
+
+def synced(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """Return the result of ``work`` and its milliseconds by the host's clock, with the GPU idle before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return result, 1e3 * (time.perf_counter() - start)
 
 
 def settings(own: argparse.Namespace) -> dict[str, Any]:

@@ -26,10 +26,9 @@ from adapter_variants import (
     build_model,
     checkpointed,
     input_gradients,
-    require_known,
     training_step,
 )
-from measuring import RESULTS, Regime, figures_or_error, settings, time_steps, versions, write_json
+from measuring import RESULTS, Regime, figures_or_error, require_known, settings, time_steps, versions, write_json
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
@@ -98,7 +97,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     own = parser.parse_args(arguments)
     if own.tiny:
         own.regimes, own.dtype = "2x32-ckpt-r4", "float32"
-    require_known(own.variants, parser)
+    require_known("variants", own.variants, VARIANTS, parser)
     return own
 
 

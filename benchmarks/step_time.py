@@ -34,10 +34,20 @@ from adapter_variants import (
     build_model,
     checkpointed,
     input_gradients,
-    require_known,
     training_step,
 )
-from measuring import RESULTS, Memory, Regime, figures_or_error, settings, table, time_steps, versions, write_json
+from measuring import (
+    RESULTS,
+    Memory,
+    Regime,
+    figures_or_error,
+    require_known,
+    settings,
+    table,
+    time_steps,
+    versions,
+    write_json,
+)
 from step_time_plot import plot
 from training_runs import iqr
 from transformers import PreTrainedModel
@@ -196,7 +206,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     own = parser.parse_args(arguments)
     if own.tiny:
         vars(own).update(vars(TINY), warmup=1, repeats=2, seconds=0.0, regimes="2x32-ckpt-r4,1x16-r8", dtype="float32")
-    require_known(own.variants, parser)
+    require_known("variants", own.variants, VARIANTS, parser)
     return own
 
 

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from dora_core.adapters import compare_merged, load_adapter
+from dora_core.adapters import load_adapter
 from dora_core.adapters.report import AdapterReport
 from dora_core.adapters.stored import named_base
 from dora_core.config import load_config, require, split_arguments
-from dora_core.engine.build import narrow_forward
-from dora_core.engine.export import require_target, save_model
+from dora_core.engine.export import merge_to_folder
 from dora_core.training.script import run_script
 from pipelines.vlm.config import RECIPES, ModelSection, VLMConfig
 from pipelines.vlm.export import require_savable, save_processor
@@ -64,14 +63,8 @@ def merge(
     tokenizer = load_tokenizer(section)
     model, vision = load_llava(section, tokenizer, precision)
     require_savable(model)
-    require_target(model, output, precision)  # before the work
-    model.eval()
-    print(load_any_adapter(model, adapter))
-    narrow_forward(model, precision, "cpu")
-    print(f"merged {compare_merged(model, probe(model, vision))}")
-    save_model(model, output, precision)
+    merge_to_folder(model, adapter, output, precision, probe(model, vision), load_any_adapter)
     save_processor(output, model, tokenizer, vision, template)
-    print(f"wrote {output}")
 
 
 def load_any_adapter(model: LlavaForConditionalGeneration, folder: Path) -> AdapterReport | None:

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from dora_core.adapters.checkpoint import on_rank_0, write_tensors
+from dora_core.adapters.agreement import on_rank_0
+from dora_core.adapters.checkpoint import write_tensors
 from dora_core.adapters.sharded import full_shape, gathered
 from dora_core.config import ConfigError
 

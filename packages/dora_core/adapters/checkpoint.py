@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dora_core.adapters.agreement import on_rank_0
 from dora_core.adapters.config import AdapterConfig
 from dora_core.adapters.inject import AdapterError, apply_adapters, value_for
 from dora_core.adapters.linear import LoRALinear, scale_of
@@ -98,21 +99,6 @@ def save_adapter(model: nn.Module, config: AdapterConfig, folder: str | Path, ba
 
     on_rank_0(write)
     return folder
-
-
-def on_rank_0(work: Callable[[], None]) -> None:
-    """Do ``work`` on rank 0 alone; every rank must call it, and its ``ValueError`` or ``OSError`` is one on all."""
-    several = torch.distributed.is_initialized()
-    said: list[str | None] = [None]
-    if not several or torch.distributed.get_rank() == 0:
-        try:
-            work()
-        except (ValueError, OSError) as error:
-            said = [str(error)]
-    if several:
-        torch.distributed.broadcast_object_list(said, src=0)
-    if said[0] is not None:
-        raise ValueError(said[0])
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -16,13 +16,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from dora_core.adapters.agreement import RankFailureError, agree, gather_objects
+
 T = TypeVar("T")
 FIRST_PORT = 10000
 """Services of a machine listen below."""
-
-
-class RankFailureError(ValueError):
-    """Something failed on one of the ranks; the message says on which and what."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,7 @@ class World:
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's object, by rank, on every rank."""
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        return gather_objects(value)
 
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's object on every rank."""
@@ -83,12 +79,8 @@ class World:
         return values[0]
 
     def agree(self, work: Callable[[], T] | None) -> T | None:
-        """Do ``work`` on this rank and return its result; if it fails on any rank, raise ``RankFailureError`` on all.
-
-        Every rank must call it, with None if it has nothing to do. For what must not leave the other ranks waiting:
-        files, above all.
-        """
-        return agree(work, self.gather, self.rank if self.size > 1 else None)
+        """Do what ``agreement.agree`` says: for what must not leave the other ranks waiting, files above all."""
+        return agree(work, gather_objects, self.rank if self.size > 1 else None)
 
     def on_main(self, work: Callable[[], T]) -> T | None:
         """Do ``work`` on rank 0 alone; as ``agree``, its failure raises on every rank."""
@@ -107,20 +99,6 @@ class World:
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
-
-
-def agree(work: Callable[[], T] | None, gather: Callable[[Any], list[Any]], rank: int | None) -> T | None:
-    """Do what ``World.agree`` says, with another way to ``gather`` every rank's object; messages name ``rank``."""
-    result, failure, problem = None, None, None
-    try:
-        result = work() if work is not None else None
-    except Exception as error:  # whatever it is, the others must hear of it before this rank leaves
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        failure, problem = error, ("" if rank is None else f"rank {rank}: ") + f"{kind}{error}"
-    problems = [text for text in gather(problem) if text is not None]
-    if problems:
-        raise RankFailureError(problems[0]) from failure
-    return result
 
 
 def bound_collectives(timeout_s: float) -> None:

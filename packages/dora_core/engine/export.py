@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from dora_core.adapters import compare_merged, load_adapter
-from dora_core.adapters.checkpoint import on_rank_0, write_tensors
+from dora_core.adapters.agreement import on_rank_0
+from dora_core.adapters.checkpoint import write_tensors
 from dora_core.adapters.merge import adapted_layers, merged_weight
+from dora_core.adapters.report import AdapterReport
 from dora_core.adapters.sharded import full_numel, gathered
 from dora_core.adapters.stored import SUFFIXES
 from dora_core.engine.build import DTYPES, narrow_forward
@@ -156,17 +158,21 @@ def _dtype(tensor: Tensor, precision: str) -> torch.dtype:
 
 
 def merge_to_folder(
-    model: PreTrainedModel, adapter: Path, output: Path, precision: str, probe: Mapping[str, Any] | None = None
+    model: PreTrainedModel,
+    adapter: Path,
+    output: Path,
+    precision: str,
+    probe: Mapping[str, Any] | None = None,
+    load: Callable[[nn.Module, Path], AdapterReport | None] = lambda model, folder: load_adapter(model, folder)[1],
 ) -> None:
     """Merge the adapter of a folder into its base on the CPU, write the result to ``output`` and say what changed.
 
-    ``probe``, as of ``compare_merged``, is what logits are compared on.
+    ``probe``, as of ``compare_merged``, is what logits are compared on; ``load`` puts the adapter in.
     """
     require_target(model, output, precision)  # before the work
     model.eval()
-    _, report = load_adapter(model, adapter)
+    print(load(model, adapter))
     narrow_forward(model, precision, "cpu")
-    print(report)
     print(f"merged {compare_merged(model, probe)}")
     print(f"wrote {save_model(model, output, precision)}")
 

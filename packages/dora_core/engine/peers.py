@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dora_core.engine.distributed import RankFailureError, World, start_time
+from dora_core.adapters.agreement import RankFailureError
+from dora_core.engine.distributed import World, start_time
 
 EXIT_STOPPED = 75
 """Exit status of a run that was told to stop, saved and can be resumed (EX_TEMPFAIL)."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from dora_core.engine import distributed
+from dora_core.adapters import agreement
 from dora_core.evaluation.evaluator import EvaluationContext, Evaluator, FileWriter
 from dora_core.evaluation.results import (
     DEFAULT_COLUMNS,
@@ -210,7 +210,7 @@ def agree(work: Callable[[], T] | None, context: EvaluationContext) -> T | None:
     """
     if context.world_size == 1:
         return work() if work is not None else None
-    return distributed.agree(work, partial(gather_objects, context=context), context.rank)
+    return agreement.agree(work, agreement.gather_objects, context.rank)
 
 
 def on_main(work: Callable[[], Any], context: EvaluationContext) -> None:
@@ -220,8 +220,4 @@ def on_main(work: Callable[[], Any], context: EvaluationContext) -> None:
 
 def gather_objects(item: Any, context: EvaluationContext) -> list[Any]:
     """Return every rank's ``item``, by rank; every rank must call it."""
-    if context.world_size == 1:
-        return [item]
-    gathered: list[Any] = [None] * context.world_size
-    dist.all_gather_object(gathered, item)
-    return gathered
+    return [item] if context.world_size == 1 else agreement.gather_objects(item)

@@ -22,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dora_core.adapters.agreement import RankFailureError
 from dora_core.engine.build import Engine
-from dora_core.engine.distributed import RankFailureError
 from dora_core.engine.state import gather_state, restore_state
 from dora_core.training.progress import Progress
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dora_core.adapters.agreement import RankFailureError
 from dora_core.cli import main as dora
-from dora_core.engine.distributed import RankFailureError
 from dora_core.evaluation.results import read_results
 from dora_core.testing.contracts import train_tiny
 from dora_core.testing.ranks import run_on_ranks
